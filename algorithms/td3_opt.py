@@ -1,0 +1,1461 @@
+"""TD3+OPT: Online Pre-Training for offline-to-online reinforcement learning (OPT, ICML 2025) on TD3.
+
+usage: python algorithms/td3_opt.py --env-id hopper-random-v2            TD3+BC offline, then OPT
+       python algorithms/td3_opt.py --env-id hopper-random-v2 --no-opt   the vanilla backbone: TD3+BC, then TD3
+
+Equation, table and section numbers are those of the OPT paper. The backbone is TD3+BC (Fujimoto & Gu 2021) offline and
+TD3 (Fujimoto et al. 2018) online; balanced replay is that of Off2On (Lee et al. 2022) and its code. A line marked
+[choice] decides something on which the paper is silent.
+"""
+
+import copy
+import csv
+import ctypes
+import difflib
+import importlib.metadata
+import json
+import math
+import multiprocessing
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import h5py
+import minari
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.func import functional_call
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+# ======================================================================================================================
+# Arguments
+# ======================================================================================================================
+
+
+@dataclass
+class Args:
+    """TD3+OPT. Defaults are the paper's protocol; None stands for the paper's value for this task."""
+
+    # The task
+    env_id: str = "hopper-random-v2"
+    """a D4RL task, or any Gymnasium id with Box observations and actions together with --dataset"""
+    dataset: str | None = None
+    """a D4RL-style .hdf5 file or a Minari id; None: D4RL's own data for the task"""
+    seed: int = 0
+    """seed of networks, sampling and environments"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where to train; auto takes CUDA where there is one"""
+
+    # The three phases (Algorithm 1)
+    opt: bool = True
+    """OPT; --no-opt is the vanilla backbone: offline training, then its own online update, no Q_on"""
+    offline_steps: int = 1_000_000
+    """gradient steps of offline pre-training"""
+    online_steps: int = 300_000
+    """environment steps of the online phase, the first n_tau included"""
+    n_tau: int = 25_000
+    """environment steps collected with the offline policy before online pre-training (N_tau, Section 4.1)"""
+    n_pretrain: int = 50_000
+    """gradient steps of online pre-training (N_pretrain, Section 4.1)"""
+    utd: int = 5
+    """gradient steps per environment step of online fine-tuning"""
+
+    # OPT
+    kappa_init: float | None = None
+    """weight of Q_on in the policy's objective at the first online step; None: Table 15"""
+    kappa_end: float | None = None
+    """weight of Q_on from kappa_decay online steps on; None: Table 15"""
+    kappa_decay: int | None = None
+    """environment steps over which kappa runs from kappa_init to kappa_end (T_decay); None: Table 15"""
+    q_on_init: Literal["meta", "random", "online", "joint"] = "meta"
+    """how Q_on starts (Fig. 5): meta Eq. 3, random none, online on B_on only, joint Eq. 10"""
+    q_on: bool = True
+    """--no-q-on has no new value function (Fig. 7): phase 2 trains Q_off, and the policy follows Q_off alone"""
+    meta_lr: float = 3e-4
+    """step size of the inner step of Eq. 3 (alpha; OEMA's code)"""
+    meta_second_order: bool = False
+    """differentiate through the inner step: Eq. 3 to the letter; the default is OEMA's first-order form"""
+    replay: Literal["balanced", "online", "symmetric", "uniform"] | None = None
+    """what fine-tuning samples; None: balanced (Off2On) with OPT, uniform over both buffers without"""
+    init_online_fraction: float = 0.5
+    """share of online samples at the start of balanced replay [choice: Off2On leaves it per task]"""
+
+    # TD3 and TD3+BC
+    batch_size: int = 256
+    """transitions per batch, from each buffer"""
+    learning_rate: float = 3e-4
+    """of every Adam optimiser"""
+    gamma: float = 0.99
+    """discount"""
+    tau: float = 0.005
+    """step of the target networks"""
+    policy_frequency: int = 2
+    """gradient steps per update of policy and targets"""
+    policy_noise: float = 0.2
+    """standard deviation of target policy smoothing, for actions in [-1, 1]"""
+    noise_clip: float = 0.5
+    """bound of target policy smoothing"""
+    exploration_noise: float = 0.1
+    """standard deviation of the noise on online actions"""
+    bc_alpha: float = 2.5
+    """TD3+BC's trade-off: lambda = bc_alpha / mean|Q|"""
+
+    # The run
+    eval_freq: int = 5_000
+    """steps between evaluations: gradient steps offline, environment steps online; 0: only where a phase ends"""
+    eval_episodes: int = 10
+    """episodes of an evaluation"""
+    exp_name: str | None = None
+    """name of the variant in the run's folder; None: td3_opt or td3"""
+    run_dir: str | None = None
+    """the run's folder; None: runs/<env_id>__<exp_name>__<seed>"""
+    offline_from: str | None = None
+    """start at phase 2 from the offline.pt of another run (its folder or the file) of the same task and seed"""
+    checkpoint_freq: int = 50_000
+    """gradient steps between checkpoints (environment steps while collecting); 0: only on Ctrl-C or SIGTERM and at the end"""
+    resume: bool = False
+    """go on from the run folder's checkpoint; from the beginning where there is none yet"""
+    save_model: bool = True
+    """write model.pt at the end"""
+    capture_video: bool = False
+    """write an mp4 of one evaluation episode at the end"""
+    track: bool = False
+    """log to Weights & Biases as well"""
+    wandb_project_name: str = "opt"
+    """W&B project"""
+    wandb_entity: str | None = None
+    """W&B team or user"""
+    progress: bool = True
+    """show progress bars"""
+
+
+PROGRAM = Path(__file__).name
+
+
+def bad_input(message: str) -> SystemExit:
+    """The exit (status 2) for something the user can mend: one line that says what is wrong and what to write instead."""
+    print(f"{PROGRAM}: {message}", file=sys.stderr)
+    return SystemExit(2)
+
+
+# Table 15: (kappa_init, T_decay in environment steps, kappa_end). The random sets keep kappa at 1.
+KAPPA_SCHEDULES = {
+    "random": (1.0, 0, 1.0),
+    "medium": (0.3, 150_000, 0.9),
+    "medium-replay": (0.1, 150_000, 0.9),
+    "antmaze": (0.1, 100_000, 0.9),
+    "antmaze-large-diverse": (0.1, 200_000, 0.9),
+    "adroit": (0.1, 250_000, 0.9),
+}
+
+
+def kappa_schedule(env_id: str, online_steps: int) -> tuple[float, int, float]:
+    """Table 15's row for a task as (kappa_init, T_decay, kappa_end); for any other task 0.1 to 0.9 over half the online steps [choice]."""
+    task = env_id.rsplit("-v", 1)[0]
+    domain, _, kind = task.partition("-")
+    if domain in MUJOCO_ENVS and kind in ("random", "medium", "medium-replay"):
+        return KAPPA_SCHEDULES[kind]
+    if domain == "antmaze":
+        return KAPPA_SCHEDULES.get(task, KAPPA_SCHEDULES["antmaze"])
+    if domain in ADROIT_ENVS and kind == "cloned":
+        return KAPPA_SCHEDULES["adroit"]
+    return 0.1, online_steps // 2, 0.9
+
+
+def resolve(args: Args) -> Args:
+    """Replace every None by the paper's value for the task and refuse what cannot work (exit 2)."""
+    args = copy.copy(args)
+    check_env_id(args.env_id, args.dataset)
+    args.exp_name = args.exp_name or ("td3_opt" if args.opt else "td3")
+    args.run_dir = args.run_dir or f"runs/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}"
+    args.replay = args.replay or ("balanced" if args.opt else "uniform")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    paper = kappa_schedule(args.env_id, args.online_steps) if args.q_on else (0.0, 0, 0.0)
+    given = (args.kappa_init, args.kappa_decay, args.kappa_end)
+    if not (args.opt and args.q_on) and any(value is not None for value in given):
+        raise bad_input("--kappa-* weight Q_on, which --no-opt and --no-q-on do without: leave them out")
+    args.kappa_init, args.kappa_decay, args.kappa_end = (p if g is None else g for p, g in zip(paper, given, strict=True))
+
+    for name in ("seed", "offline_steps", "online_steps", "n_tau", "n_pretrain", "kappa_decay", "eval_freq", "checkpoint_freq"):
+        if getattr(args, name) < 0:
+            raise bad_input(f"--{name.replace('_', '-')} is {getattr(args, name)}: write 0 or more")
+    for name in ("utd", "batch_size", "policy_frequency", "eval_episodes"):
+        if getattr(args, name) < 1:
+            raise bad_input(f"--{name.replace('_', '-')} is {getattr(args, name)}: write 1 or more")
+    for name in ("kappa_init", "kappa_end", "gamma", "tau"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise bad_input(f"--{name.replace('_', '-')} is {getattr(args, name)}: write a number from 0 to 1")
+    if not 0 < args.init_online_fraction < 1:
+        raise bad_input(f"--init-online-fraction is {args.init_online_fraction}: write a number between 0 and 1")
+    for name in ("learning_rate", "meta_lr"):
+        if not 0 < getattr(args, name) < math.inf:
+            raise bad_input(f"--{name.replace('_', '-')} is {getattr(args, name)}: write a positive number")
+    if args.opt and not 0 < args.n_tau < args.online_steps:
+        raise bad_input(f"--n-tau is {args.n_tau}: write 1 or more, and less than --online-steps ({args.online_steps}), which include them")
+    if args.replay == "balanced" and not args.opt:
+        raise bad_input("--replay balanced starts from the n_tau transitions that only OPT collects: write --replay uniform, or leave out --no-opt")
+    if args.replay == "symmetric" and args.batch_size % 2:
+        raise bad_input(f"--replay symmetric takes half of a batch from each buffer: write an even --batch-size, not {args.batch_size}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise bad_input("--device cuda, but this PyTorch finds no CUDA device: write --device cpu, or install a CUDA build of torch")
+    return args
+
+
+# ======================================================================================================================
+# Data
+# ======================================================================================================================
+
+
+class Dataset(NamedTuple):
+    """N transitions as float32 arrays. A time limit is not a terminal: only terminals stop the bootstrap of Eq. 2."""
+
+    observations: np.ndarray | torch.Tensor  # [N, observation_dim]
+    actions: np.ndarray | torch.Tensor  # [N, action_dim]; in a replay buffer scaled to [-1, 1]
+    rewards: np.ndarray | torch.Tensor  # [N]
+    next_observations: np.ndarray | torch.Tensor  # [N, observation_dim]
+    terminals: np.ndarray | torch.Tensor  # [N], 1 where the episode ended by itself, else 0
+
+
+# Gymnasium's v5 with the dynamics of D4RL's -v2 tasks: Walker2d's own v5 model has another foot friction.
+MUJOCO_ENVS = {
+    "halfcheetah": ("HalfCheetah-v5", {}),
+    "hopper": ("Hopper-v5", {}),
+    "walker2d": ("Walker2d-v5", {"xml_file": "walker2d.xml"}),
+}
+MUJOCO_KINDS = ("random", "medium", "medium-replay", "medium-expert", "expert", "full-replay")
+MUJOCO_TASKS = tuple(f"{env}-{kind}-v2" for env in MUJOCO_ENVS for kind in MUJOCO_KINDS)
+ADROIT_ENVS = ("pen", "hammer", "door", "relocate")
+
+# D4RL's reference returns (min, max).
+REFERENCE_RETURNS = {
+    "halfcheetah": (-280.178953, 12135.0),
+    "hopper": (-20.272305, 3234.3),
+    "walker2d": (1.629008, 4592.3),
+    "antmaze": (0.0, 1.0),
+    "pen": (96.262799, 3076.8331017826877),
+    "hammer": (-274.856578, 12794.134825156867),
+    "door": (-56.512833, 2880.5693087298737),
+    "relocate": (-6.425911, 4233.877797728884),
+}
+D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"
+RANDOM_STEPS, RANDOM_CHUNK = 1_000_000, 25_000  # D4RL's size; steps regenerated at a time, each chunk from a seed of its own
+
+
+def normalized_score(env_id: str, episode_return: float) -> float:
+    """D4RL's score: 0 is its random policy's return, 100 its expert's. NaN for an environment that D4RL has no reference for."""
+    env = env_id.split("-")[0]
+    if env not in REFERENCE_RETURNS or not env_id[len(env) :].startswith("-"):
+        return math.nan
+    low, high = REFERENCE_RETURNS[env]
+    return 100 * (episode_return - low) / (high - low)
+
+
+def check_env_id(env_id: str, dataset: str | None) -> None:
+    """Exit 2 unless `env_id` is a task whose data is known, or a Gymnasium id with a dataset of its own."""
+    if env_id in MUJOCO_TASKS:
+        return
+    if env_id not in gym.registry:
+        try:
+            import gymnasium_robotics
+
+            gym.register_envs(gymnasium_robotics)
+        except ImportError:
+            pass
+    if env_id not in gym.registry:
+        near = difflib.get_close_matches(env_id, [*MUJOCO_TASKS, *gym.registry], n=3, cutoff=0.5) or MUJOCO_TASKS[:3]
+        raise bad_input(f"unknown --env-id {env_id!r}: did you mean {', '.join(near)}?")
+    if dataset is None:
+        raise bad_input(f"--env-id {env_id} has no D4RL dataset: give one with --dataset (a D4RL-style .hdf5 file or a Minari id)")
+
+
+def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
+    """The environment of a task, its actions scaled to [-1, 1]. Exit 2 if its observations or actions are not vectors."""
+    name, kwargs = MUJOCO_ENVS[env_id.split("-")[0]] if env_id in MUJOCO_TASKS else (env_id, {})
+    env = gym.make(name, render_mode=render_mode, **kwargs)
+    for what, space in (("observations", env.observation_space), ("actions", env.action_space)):
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            raise bad_input(f"--env-id {env_id} has {type(space).__name__} {what}: write an environment whose {what} are a Box of one dimension")
+    if not env.action_space.is_bounded():
+        raise bad_input(f"--env-id {env_id} has unbounded actions: write an environment whose action Box has finite bounds")
+    if (env.action_space.low == -1).all() and (env.action_space.high == 1).all():
+        return env
+    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+
+
+def scale_actions(actions: np.ndarray, env_id: str) -> np.ndarray:
+    """A dataset's actions [N, action_dim] scaled as make_env scales the environment's."""
+    space = make_env(env_id).unwrapped.action_space
+    return (actions - (space.high + space.low) / 2) / ((space.high - space.low) / 2)
+
+
+def cache_path(name: str) -> Path:
+    """Where the scripts keep a flat HDF5 file of a dataset."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return root / "opt-datasets" / f"{name.replace('/', '--')}.hdf5"
+
+
+def write_hdf5(path: Path, arrays: dict[str, np.ndarray], **attributes) -> None:
+    """Write arrays as a D4RL-style file, under a temporary name first: what has the final name is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with h5py.File(temporary, "w") as file:
+            file.attrs.update(attributes)
+            for key, array in arrays.items():
+                file.create_dataset(key, data=array)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_hdf5(path: Path) -> Dataset:
+    """Read a D4RL-style file. Without next_observations the next row is used, and the last step of a cut episode is dropped."""
+    try:
+        with h5py.File(path, "r") as file:
+            columns = {key: file[key][()] for key in ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts") if key in file}
+    except OSError as error:
+        raise bad_input(f"{path} cannot be read as HDF5 ({str(error).splitlines()[0]}): give a D4RL-style .hdf5 file") from None
+    for key in ("observations", "actions", "rewards", "terminals"):
+        if key not in columns:
+            raise bad_input(f"{path} has no '{key}': a D4RL-style file has observations, actions, rewards, terminals, and next_observations or timeouts")
+    if "next_observations" not in columns and "timeouts" not in columns:
+        raise bad_input(f"{path} has neither 'next_observations' nor 'timeouts': add one of them, so that the ends of cut episodes are known")
+    lengths = {key: len(column) for key, column in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise bad_input(f"{path} has columns of different lengths ({', '.join(f'{k} {n}' for k, n in lengths.items())}): make them equal")
+    for key, column in columns.items():
+        if not np.issubdtype(column.dtype, np.number) and column.dtype != bool:
+            raise bad_input(f"{path} has '{key}' of type {column.dtype}: write numbers")
+        if not np.isfinite(column).all():
+            raise bad_input(f"{path} has NaN or infinity in '{key}': remove those transitions")
+    size = lengths["observations"]
+    timeouts = columns.pop("timeouts", np.zeros(size)).reshape(-1).astype(bool)
+    columns = {key: np.asarray(column, np.float32) for key, column in columns.items()}
+    for key in ("rewards", "terminals"):
+        columns[key] = columns[key].reshape(-1)
+    if "next_observations" not in columns:
+        keep = (columns["terminals"] > 0) | ~timeouts
+        keep[-1:] &= columns["terminals"][-1:] > 0  # the file's last row has no successor
+        columns["next_observations"] = np.roll(columns["observations"], -1, axis=0)  # behind a terminal nobody looks at it
+        columns = {key: column[keep] for key, column in columns.items()}
+    return Dataset(**columns)
+
+
+def random_chunk(env_id: str, seed: int, steps: int) -> dict[str, np.ndarray]:
+    """`steps` steps of a uniformly random policy. The chunk's last episode is cut like one at the time limit."""
+    env = make_env(env_id)
+    env.action_space.seed(seed)
+    observation, _ = env.reset(seed=seed)
+    rows = []
+    for _ in range(steps):
+        action = env.action_space.sample()
+        next_observation, reward, terminated, truncated, _ = env.step(action)
+        rows.append((observation, action, reward, next_observation, terminated, truncated and not terminated))
+        observation = env.reset()[0] if terminated or truncated else next_observation
+    env.close()
+    columns = [np.asarray(column) for column in zip(*rows, strict=True)]
+    columns[5][-1] = not columns[4][-1]
+    keys = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
+    return {key: column.astype(bool if key in ("terminals", "timeouts") else np.float32) for key, column in zip(keys, columns, strict=True)}
+
+
+def regenerate_random(env_id: str, path: Path, progress: bool = True, seed: int = 0, steps: int = RANDOM_STEPS) -> None:
+    """Write a *-random-v2 set by D4RL's recipe: uniform actions, episodes cut at 1000 steps. The same bytes on any number of cores."""
+    sizes = [min(RANDOM_CHUNK, steps - start) for start in range(0, steps, RANDOM_CHUNK)]
+    seeds = [int(s) for s in np.random.SeedSequence(seed).generate_state(len(sizes))]
+    chunks: list = [None] * len(sizes)
+    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(sizes))
+    with (
+        tqdm(total=steps, desc=f"regenerating {env_id}", unit="step", unit_scale=True, disable=not progress) as bar,
+        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool,
+    ):
+        jobs = {pool.submit(random_chunk, env_id, *job): i for i, job in enumerate(zip(seeds, sizes, strict=True))}
+        try:
+            for job in as_completed(jobs):
+                chunks[jobs[job]] = job.result()
+                bar.update(sizes[jobs[job]])
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    write_hdf5(path, {key: np.concatenate([chunk[key] for chunk in chunks]) for key in chunks[0]}, seed=seed)
+
+
+def download(url: str, path: Path, progress: bool) -> None:
+    """Fetch a file, under a temporary name first. Raises OSError where there is no network or no such file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with urllib.request.urlopen(url, timeout=20) as response, open(temporary, "wb") as file:
+            total = int(response.headers.get("Content-Length") or 0)
+            with tqdm(total=total or None, desc=f"downloading {path.name}", unit="B", unit_scale=True, disable=not progress) as bar:
+                while block := response.read(1 << 20):
+                    file.write(block)
+                    bar.update(len(block))
+        if total and temporary.stat().st_size != total:
+            raise OSError(f"the connection broke after {temporary.stat().st_size} of {total} bytes")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_minari(dataset_id: str, progress: bool) -> Dataset:
+    """Read a Minari dataset (downloaded if it is not in the local store) and keep a flat copy: Minari reads a group an episode."""
+    root = Path(os.environ.get("MINARI_DATASETS_PATH") or "~/.minari/datasets").expanduser()
+    files = [p for p in (root / dataset_id / "data").glob("*") if p.is_file()]
+    if not files:
+        try:
+            minari.download_dataset(dataset_id)
+        except Exception as error:  # whatever the remote's client raises: without network, or for an unknown id
+            raise bad_input(
+                f"--dataset {dataset_id} is neither a file nor in the local Minari store ({root}), and could not be downloaded "
+                f"({str(error).splitlines()[0] if str(error) else type(error).__name__}): write a path to an .hdf5 file or an id that `minari list remote` shows"
+            ) from None
+        files = [p for p in (root / dataset_id / "data").glob("*") if p.is_file()]
+    source = f"{root / dataset_id}: " + ", ".join(f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in sorted(files))
+    path = cache_path(f"minari--{dataset_id}")
+    if path.exists():
+        with h5py.File(path, "r") as file:
+            fresh = file.attrs.get("source") == source
+        if fresh:
+            return read_hdf5(path)
+    try:
+        dataset = minari.load_dataset(dataset_id)
+        columns: dict[str, list] = {key: [] for key in (*Dataset._fields, "timeouts")}
+        for episode in tqdm(dataset.iterate_episodes(), total=dataset.total_episodes, desc=f"reading {dataset_id}", unit="episode", disable=not progress):
+            if isinstance(episode.observations, dict) or isinstance(episode.actions, dict):
+                raise bad_input(f"--dataset {dataset_id} has dict observations or actions: write a dataset whose spaces are Boxes")
+            columns["observations"].append(np.asarray(episode.observations[:-1], np.float32))
+            columns["next_observations"].append(np.asarray(episode.observations[1:], np.float32))
+            columns["actions"].append(np.asarray(episode.actions, np.float32))
+            columns["rewards"].append(np.asarray(episode.rewards, np.float32))
+            columns["terminals"].append(np.asarray(episode.terminations, bool))
+            columns["timeouts"].append(np.asarray(episode.truncations, bool))
+    except (OSError, KeyError, ValueError, RuntimeError) as error:
+        raise bad_input(
+            f"the Minari dataset {root / dataset_id} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}): delete it and download it again"
+        ) from None
+    write_hdf5(path, {key: np.concatenate(parts) for key, parts in columns.items()}, source=source)
+    return read_hdf5(path)
+
+
+def load_dataset(env_id: str, dataset: str | None = None, progress: bool = True) -> Dataset:
+    """The offline data of a task.
+
+    First hit wins: `dataset` (a file or a Minari id), D4RL's cache, the scripts' cache, regeneration of a random set, D4RL's
+    server. Exit 2 where there is none, and for data that is damaged.
+    """
+    if dataset is not None:
+        path = Path(dataset).expanduser()
+        if path.is_file():
+            return read_hdf5(path)
+        if path.suffix in (".hdf5", ".h5") or path.exists():
+            raise bad_input(f"--dataset {dataset} is not a file: write the path of a D4RL-style .hdf5 file, or a Minari id")
+        return read_minari(dataset, progress)
+    name = env_id.removesuffix("-v2").replace("-", "_", 1).replace("-", "_") + "-v2.hdf5"
+    d4rl_cache = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser() / name
+    own_cache = cache_path(env_id)
+    for path in (d4rl_cache, own_cache):
+        if path.exists():
+            return read_hdf5(path)
+    try:
+        if env_id.endswith("-random-v2"):
+            regenerate_random(env_id, own_cache, progress)
+        else:
+            download(D4RL_URL + name, own_cache, progress)
+    except OSError as error:
+        raise bad_input(
+            f"no data for {env_id} ({error}). Three ways to get it: put D4RL's file at {d4rl_cache}; give --dataset FILE.hdf5 or a Minari id; "
+            f"or run once with network, to download {D4RL_URL}{name} to {own_cache}"
+        ) from None
+    return read_hdf5(own_cache)
+
+
+def check_dataset(dataset: Dataset, env: gym.Env, args: Args) -> None:
+    """Exit 2 if the data does not fit the environment or is smaller than a batch."""
+    for key, space in (("observations", env.observation_space), ("next_observations", env.observation_space), ("actions", env.action_space)):
+        if getattr(dataset, key).shape[1:] != space.shape:
+            raise bad_input(
+                f"the dataset's {key} have shape {getattr(dataset, key).shape[1:]}, those of {args.env_id} {space.shape}: give the --dataset of this environment"
+            )
+    if len(dataset.rewards) < args.batch_size:
+        raise bad_input(f"--batch-size {args.batch_size} is more than the dataset's {len(dataset.rewards)} transitions: write a smaller one")
+
+
+# ======================================================================================================================
+# Replay
+# ======================================================================================================================
+
+
+class ReplayBuffer:
+    """B_off and B_on in one table on the training device, a row a transition: the offline ones, then a ring of online ones."""
+
+    def __init__(self, dataset: Dataset, online_capacity: int, device: torch.device):
+        observation_dim, action_dim = dataset.observations.shape[1], dataset.actions.shape[1]
+        self.widths = [observation_dim, action_dim, 1, observation_dim, 1]
+        self.n_offline, self.online_capacity, self.n_online, self.added = len(dataset.rewards), online_capacity, 0, 0
+        self.rows = torch.zeros(self.n_offline + online_capacity, sum(self.widths), device=device)
+        for column, values in zip(self.rows[: self.n_offline].split(self.widths, 1), dataset, strict=True):
+            column.copy_(torch.from_numpy(values).view(self.n_offline, -1))
+        self.online_size = torch.zeros((), dtype=torch.float64, device=device)  # on the device, so that a CUDA graph sees it grow
+
+    def add(self, *transition) -> int:
+        """Store one online transition (the fields of Dataset) over the oldest; returns its row."""
+        row = self.n_offline + self.added % self.online_capacity
+        self.rows[row].copy_(torch.from_numpy(np.hstack(transition).astype(np.float32)))
+        self.added += 1
+        self.n_online = min(self.added, self.online_capacity)
+        self.online_size.fill_(self.n_online)
+        return row
+
+    def __getitem__(self, rows: torch.Tensor) -> Dataset:
+        observations, actions, rewards, next_observations, terminals = self.rows.index_select(0, rows).split(self.widths, 1)
+        return Dataset(observations, actions, rewards.squeeze(1), next_observations, terminals.squeeze(1))
+
+    def sample_offline(self, n: int) -> torch.Tensor:
+        """n rows of B_off, uniformly, with replacement."""
+        return torch.randint(self.n_offline, (n,), device=self.rows.device)
+
+    def sample_online(self, n: int) -> torch.Tensor:
+        """n rows of B_on, uniformly, with replacement."""
+        return self.n_offline + (torch.rand(n, dtype=torch.float64, device=self.rows.device) * self.online_size).long()
+
+    def sample_uniform(self, n: int) -> torch.Tensor:
+        """n rows of the union of both, uniformly, with replacement."""
+        return (torch.rand(n, dtype=torch.float64, device=self.rows.device) * (self.n_offline + self.online_size)).long()
+
+    def sample_symmetric(self, n: int) -> torch.Tensor:
+        """n/2 rows of B_off and n/2 of B_on (RLPD)."""
+        return torch.cat([self.sample_offline(n // 2), self.sample_online(n // 2)])
+
+    def state_dict(self) -> dict:
+        return {"added": self.added, "online_rows": self.rows[self.n_offline : self.n_offline + self.n_online].clone()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.added, self.n_online = state["added"], len(state["online_rows"])
+        self.rows[self.n_offline : self.n_offline + self.n_online] = state["online_rows"].to(self.rows.device)
+        self.online_size.fill_(self.n_online)
+
+
+class SumTree:
+    """Draws leaves proportionally to their priorities. Three levels, each node the sum of `width` children, all in float64."""
+
+    def __init__(self, capacity: int, device: torch.device):
+        self.width = max(2, math.ceil(capacity ** (1 / 3)))
+        self.width += self.width**3 < capacity  # the cube root's rounding
+        self.levels = [torch.zeros(self.width**k, dtype=torch.float64, device=device) for k in (1, 2, 3)]
+
+    def set(self, leaves: torch.Tensor, priorities: torch.Tensor) -> None:
+        """Give leaves [n] new priorities [n]; sums are taken anew, not adjusted, so that no rounding piles up."""
+        self.levels[2][leaves] = priorities.double()
+        nodes = leaves
+        for parent, child in ((1, 2), (0, 1)):
+            nodes = nodes // self.width
+            self.levels[parent][nodes] = self.levels[child].view(-1, self.width)[nodes].sum(1)
+
+    def sample(self, n: int) -> torch.Tensor:
+        """n leaves [n], independently, each with probability priority / total."""
+        rest = torch.rand(n, dtype=torch.float64, device=self.levels[0].device) * self.levels[0].sum()
+        node = torch.zeros(n, dtype=torch.long, device=rest.device)
+        for level in self.levels:
+            children = level.view(-1, self.width)[node]
+            ends = children.cumsum(1)
+            rest = torch.minimum(rest, ends[:, -1] * (1 - 1e-12))  # stay below the last positive child in spite of rounding
+            child = torch.searchsorted(ends, rest.unsqueeze(1), right=True)
+            rest = (rest - (ends - children).gather(1, child).squeeze(1)).clamp(min=0)
+            node = node * self.width + child.squeeze(1)
+        return node
+
+    def state_dict(self) -> dict:
+        return {"levels": list(self.levels)}
+
+    def load_state_dict(self, state: dict) -> None:
+        for level, saved in zip(self.levels, state["levels"], strict=True):
+            level.copy_(saved)
+
+
+class DensityRatio(nn.Module):
+    """w(s,a) >= 0, which estimates how much likelier (s,a) is online than offline; 256-256, output bias started at 1 (Off2On)."""
+
+    def __init__(self, observation_dim: int, action_dim: int):
+        super().__init__()
+        self.network = nn.Sequential(
+            nn.Linear(observation_dim + action_dim, 256), nn.ReLU(inplace=True), nn.Linear(256, 256), nn.ReLU(inplace=True), nn.Linear(256, 1), nn.ReLU()
+        )
+        nn.init.ones_(self.network[4].bias)
+
+    def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        return self.network(torch.cat([observations, actions], 1)).squeeze(1)
+
+
+def density_ratio_loss(offline_ratio: torch.Tensor, online_ratio: torch.Tensor) -> torch.Tensor:
+    """Negative Jensen-Shannon bound, smallest where w is the density ratio online / offline (Lee et al. 2022; Off2On's 1e-10)."""
+    return (-torch.log(2 / (offline_ratio + 1) + 1e-10) - torch.log(2 * online_ratio / (online_ratio + 1) + 1e-10)).mean()
+
+
+class BalancedReplay:
+    """One prioritised buffer over B_off and B_on whose priorities follow the density ratio (Lee et al. 2022)."""
+
+    TEMPERATURE, PRIORITY_MIN, PRIORITY_MAX = 5, 1e-3, 1e3  # Off2On
+
+    def __init__(self, buffer: ReplayBuffer, batch_size: int, device: torch.device):
+        self.buffer, self.batch_size = buffer, batch_size
+        self.tree = SumTree(len(buffer.rows), device)
+        self.ratio = DensityRatio(buffer.widths[0], buffer.widths[1]).to(device)
+        self.optimizer = make_adam(self.ratio, 3e-4)
+        self.largest = torch.ones((), dtype=torch.float64, device=device)
+
+    def start(self, online_fraction: float) -> None:
+        """Priority 1 offline; online such that a share `online_fraction` of the first samples is online."""
+        rows = torch.arange(self.buffer.n_offline + self.buffer.n_online, device=self.largest.device)
+        online = self.buffer.n_offline * online_fraction / ((1 - online_fraction) * self.buffer.n_online)
+        self.tree.set(rows, torch.where(rows < self.buffer.n_offline, 1.0, online))
+        self.largest.fill_(max(1.0, online))
+
+    def add(self, row: int) -> None:
+        """A new online transition enters at the largest priority seen."""
+        self.tree.set(torch.tensor([row], device=self.largest.device), self.largest.view(1))
+
+    def update(self, rows: torch.Tensor, batch: Dataset) -> torch.Tensor:
+        """One step of the density ratio on a uniform batch of each buffer, then new priorities for the rows just used; returns the loss."""
+        n = self.batch_size
+        uniform = self.buffer[torch.cat([self.buffer.sample_offline(n), self.buffer.sample_online(n)])]
+        offline_ratio, online_ratio = self.ratio(uniform.observations, uniform.actions).split(n)
+        loss = density_ratio_loss(offline_ratio, online_ratio)
+        minimize(loss, self.optimizer)
+        with torch.no_grad():
+            scale = offline_ratio.pow(1 / self.TEMPERATURE).mean() + 1e-10
+            priorities = self.ratio(batch.observations, batch.actions).pow(1 / self.TEMPERATURE) / scale
+            priorities = priorities.clamp(self.PRIORITY_MIN, self.PRIORITY_MAX).double()
+            self.tree.set(rows, priorities)
+            torch.maximum(self.largest, priorities.max(), out=self.largest)
+        return loss.detach()
+
+    def state_dict(self) -> dict:
+        return {"tree": self.tree.state_dict(), "ratio": self.ratio.state_dict(), "optimizer": self.optimizer.state_dict(), "largest": self.largest}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name in ("tree", "ratio", "optimizer"):
+            getattr(self, name).load_state_dict(state[name])
+        self.largest.copy_(state["largest"])
+
+
+# ======================================================================================================================
+# Networks
+# ======================================================================================================================
+
+
+class Actor(nn.Module):
+    """pi(s) in [-1, 1]: normalised observations [B, observation_dim] to actions [B, action_dim]."""
+
+    def __init__(self, observation_dim: int, action_dim: int):
+        super().__init__()
+        self.network = nn.Sequential(
+            nn.Linear(observation_dim, 256), nn.ReLU(inplace=True), nn.Linear(256, 256), nn.ReLU(inplace=True), nn.Linear(256, action_dim), nn.Tanh()
+        )
+
+    def forward(self, observations: torch.Tensor) -> torch.Tensor:
+        return self.network(observations)
+
+
+class EnsembleLinear(nn.Module):
+    """`members` linear layers in one batched call: [members, B, inputs] to [members, B, outputs]. nn.Linear's initial distribution."""
+
+    def __init__(self, members: int, inputs: int, outputs: int):
+        super().__init__()
+        bound = 1 / math.sqrt(inputs)
+        self.weight = nn.Parameter(torch.empty(members, inputs, outputs).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(members, 1, outputs).uniform_(-bound, bound))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n = len(x)  # the first n members
+        if self.weight.shape[2] == 1:  # a dot product a row: several times faster than a product with a one-column matrix
+            return (x * self.weight[:n].transpose(1, 2)).sum(2, keepdim=True) + self.bias[:n]
+        return torch.baddbmm(self.bias[:n], x, self.weight[:n])
+
+
+class Critic(nn.Module):
+    """An ensemble of Q(s,a): observations [B, observation_dim], actions [B, action_dim] to values [members, B]."""
+
+    def __init__(self, observation_dim: int, action_dim: int, members: int = 2):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            [EnsembleLinear(members, observation_dim + action_dim, 256), EnsembleLinear(members, 256, 256), EnsembleLinear(members, 256, 1)]
+        )
+
+    def forward(self, observations: torch.Tensor, actions: torch.Tensor, members: int | None = None) -> torch.Tensor:
+        """Values of the first `members` critics, of all where it is None."""
+        x = torch.cat([observations, actions], 1).expand(members or len(self.layers[0].weight), -1, -1)
+        x = self.layers[0](x).relu_()
+        x = self.layers[1](x).relu_()
+        return self.layers[2](x).squeeze(2)
+
+
+def make_adam(network: nn.Module, learning_rate: float) -> torch.optim.Adam:
+    parameters = list(network.parameters())
+    return torch.optim.Adam(parameters, lr=learning_rate, fused=True, capturable=parameters[0].is_cuda)
+
+
+def minimize(loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """One step of `optimizer` down `loss`; only its own parameters get gradients."""
+    parameters = optimizer.param_groups[0]["params"]
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        parameter.grad = gradient
+    optimizer.step()
+
+
+@torch.no_grad()
+def soft_update(target: nn.Module, source: nn.Module, tau: float) -> None:
+    """target <- (1 - tau) target + tau source."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+
+
+# ======================================================================================================================
+# TD3 and OPT: the equations
+# ======================================================================================================================
+
+
+def kappa_at(step: int, kappa_init: float, kappa_end: float, kappa_decay: int) -> float:
+    """Weight of Q_on at an environment step of the online phase: linear over `kappa_decay` steps, then constant (Table 15)."""
+    return kappa_init + (kappa_end - kappa_init) * min(1.0, step / kappa_decay if kappa_decay else 1.0)
+
+
+@torch.no_grad()
+def smoothed_actions(actor_target: nn.Module, observations: torch.Tensor, policy_noise: float, noise_clip: float) -> torch.Tensor:
+    """TD3's target policy smoothing: pi'(s) + clip(noise), [B, action_dim]."""
+    actions = actor_target(observations)
+    noise = (torch.randn_like(actions) * policy_noise).clamp(-noise_clip, noise_clip)
+    return (actions + noise).clamp(-1, 1)
+
+
+@torch.no_grad()
+def td_target(q_target: nn.Module, batch: Dataset, next_actions: torch.Tensor, gamma: float) -> torch.Tensor:
+    """The bracket of Eq. 2: r + gamma (1 - terminal) min_i Q'_i(s', a'), [B]."""
+    next_values = q_target(batch.next_observations, next_actions).amin(0)
+    return batch.rewards + gamma * (1 - batch.terminals) * next_values
+
+
+def td_loss(values: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Eq. 2 on values [members, B] and target [B]: mean squared error, summed over the ensemble."""
+    return (values - target).square().mean(1).sum()
+
+
+def meta_adaptation_loss(
+    critic: nn.Module,
+    offline: Dataset,
+    offline_target: torch.Tensor,
+    online: Dataset,
+    online_target: torch.Tensor,
+    meta_lr: float,
+    second_order: bool = False,
+) -> torch.Tensor:
+    """Eq. 3: L_off(psi) + L_on(psi - alpha grad L_off(psi)).
+
+    First order (OEMA's code): the inner gradient is a constant. Second order: Eq. 3 to the letter. The targets [B] are the
+    target critic's; the adapted parameters are used for L_on's prediction alone.
+    """
+    parameters = dict(critic.named_parameters())
+    offline_loss = td_loss(critic(offline.observations, offline.actions), offline_target)
+    gradients = torch.autograd.grad(offline_loss, list(parameters.values()), retain_graph=True, create_graph=second_order)
+    adapted = {name: p - meta_lr * g for (name, p), g in zip(parameters.items(), gradients, strict=True)}
+    online_loss = td_loss(functional_call(critic, adapted, (online.observations, online.actions)), online_target)
+    return offline_loss + online_loss
+
+
+def td3_bc_loss(values: torch.Tensor, policy_actions: torch.Tensor, actions: torch.Tensor, bc_alpha: float) -> torch.Tensor:
+    """TD3+BC's policy loss on values [B] and actions [B, action_dim]: -lambda mean Q + mean (pi(s) - a)^2, lambda = alpha / mean|Q|, detached."""
+    return -bc_alpha / values.abs().mean().detach() * values.mean() + F.mse_loss(policy_actions, actions)
+
+
+def policy_loss(q_off: torch.Tensor | None, q_on: torch.Tensor | None, kappa: torch.Tensor | float) -> torch.Tensor:
+    """Eq. 4 on values [B] of the policy's actions: -mean[(1 - kappa) Q_off + kappa Q_on]; a Q that never counts may be None."""
+    if q_on is None:
+        return -q_off.mean()
+    if q_off is None:
+        return -q_on.mean()
+    return -((1 - kappa) * q_off + kappa * q_on).mean()
+
+
+# ======================================================================================================================
+# The run: its folder, evaluation, checkpoints
+# ======================================================================================================================
+
+
+class Run:
+    """A run's folder and counters. `steps` is the loop of every phase."""
+
+    EVALS = ("phase", "env_steps", "gradient_steps", "normalized_score", "return_mean", "return_std", "length_mean", "success_rate", "seconds")
+    SPEED = ("phase", "gradient_steps", "env_steps", "seconds", "gradient_steps_per_second")
+    PHASES = ("start", "offline", "collect", "online_pretrain", "online_finetune", "done")
+    LOG_FREQ = 1_000  # gradient steps between two points of a TensorBoard curve
+
+    def __init__(self, args: Args):
+        self.args, self.folder = args, Path(args.run_dir)
+        self.phase, self.step, self.phase_seconds = "start", 0, 0.0  # the phase, its steps so far, the time they took
+        self.env_steps, self.gradient_steps, self.seconds = 0, 0, 0.0  # of the whole run; seconds with evaluation
+        self.evals: list[list[str]] = []
+        self.speed: list[list[str]] = []
+        self.metrics: dict[str, torch.Tensor | float] = {}
+        self.parts: dict = {}  # name -> what has state_dict and load_state_dict: all that a checkpoint holds
+        self.evaluate: Callable[[], dict] = dict  # set by train()
+        self.data: dict = {}  # size and statistics of the dataset, by which a checkpoint knows it again
+        self.signal, self.old_handlers = 0, {}  # the signal that asked to stop; what handled signals before
+        self.writer: SummaryWriter | None = None
+
+    def open(self) -> None:
+        """Write args.json and the rows of a resumed run, open TensorBoard and W&B, and take over Ctrl-C and SIGTERM."""
+        packages = ("torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari")
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).resolve().parent)
+        facts = {
+            "versions": {"python": sys.version.split()[0], **{p: importlib.metadata.version(p) for p in packages}},
+            "git_commit": git.stdout.strip() or None,
+            "device_name": torch.cuda.get_device_name() if self.args.device == "cuda" else "cpu",
+            "threads": torch.get_num_threads(),
+            "wandb_id": secrets.token_hex(4),
+        }
+        if self.phase != "start" and (self.folder / "args.json").exists():  # W&B goes on with the run it had
+            facts["wandb_id"] = json.loads((self.folder / "args.json").read_text())["wandb_id"]
+        write_whole(self.folder / "args.json", lambda file: file.write(json.dumps(asdict(self.args) | facts, indent=2).encode()))
+        for name, header, rows in (("evals.csv", self.EVALS, self.evals), ("speed.csv", self.SPEED, self.speed)):
+            text = "".join(",".join(row) + "\n" for row in (header, *rows))
+            write_whole(self.folder / name, lambda file, text=text: file.write(text.encode()))
+        if self.args.track:
+            import wandb
+
+            wandb.init(
+                project=self.args.wandb_project_name,
+                entity=self.args.wandb_entity,
+                name=self.folder.name,
+                id=facts["wandb_id"],
+                resume="allow",
+                dir=str(self.folder),
+                config=asdict(self.args),
+                sync_tensorboard=True,
+            )
+        self.writer = SummaryWriter(str(self.folder), purge_step=self.gradient_steps + 1 if self.phase != "start" else None)
+        if threading.current_thread() is threading.main_thread():
+            self.old_handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_signal(self, number: int, frame) -> None:
+        """The first Ctrl-C or SIGTERM asks for a checkpoint and the end, a second one does not wait."""
+        if self.signal:
+            raise SystemExit(128 + number)
+        self.signal = number
+        tqdm.write(f"{PROGRAM}: stopping; writing a checkpoint first", file=sys.stderr)
+
+    def pending(self, phase: str) -> bool:
+        """Whether a phase is still to be run, or to be gone on with."""
+        return self.PHASES.index(self.phase) <= self.PHASES.index(phase)
+
+    def begin(self, phase: str) -> bool:
+        """Enter a phase, with a seed of its own so that it is the same after any other; False where it is gone on with."""
+        if self.phase == phase:
+            return False
+        self.phase, self.step, self.phase_seconds, self.metrics = phase, 0, 0.0, {}
+        torch.manual_seed(self.args.seed + 10_000 * self.PHASES.index(phase))
+        return True
+
+    def steps(self, total: int, env: int = 0, gradient: int = 0, evaluate: Literal["often", "end", "never"] = "often") -> Iterator[int]:
+        """Yield what is left of a phase's `total` steps, each of `env` environment and `gradient` gradient steps.
+
+        Between two steps it logs, evaluates (every eval_freq steps, and at the end), checkpoints, and stops on a signal.
+        """
+        args, every = self.args, max(gradient, 1)
+        if self.step == total:
+            return
+        bar = tqdm(total=total, initial=self.step, desc=self.phase, unit="step", mininterval=0.5, dynamic_ncols=True, disable=not args.progress)
+        self.show_score(bar)
+        started = time.perf_counter()
+        while self.step < total:
+            yield self.step
+            self.step += 1
+            self.env_steps += env
+            self.gradient_steps += gradient
+            bar.update()
+            last = self.step == total
+            log = last or self.step % max(1, self.LOG_FREQ // every) == 0
+            due = evaluate == "often" and args.eval_freq and (self.env_steps if env else self.step) % args.eval_freq == 0
+            score = due or (last and evaluate != "never")
+            save = args.checkpoint_freq and self.step % max(1, args.checkpoint_freq // every) == 0
+            if not (log or score or save or self.signal):
+                continue
+            self.log_metrics()
+            elapsed = time.perf_counter() - started
+            self.phase_seconds += elapsed
+            self.seconds += elapsed
+            if last:
+                self.add_speed(total * gradient, total * env)
+            if score:
+                self.add_evaluation()
+                self.show_score(bar)
+            if save and not last:
+                self.save_checkpoint()
+            if self.signal and not last:
+                break
+            started = time.perf_counter()
+        bar.close()
+        self.stop_if_asked()
+
+    def stop_if_asked(self) -> None:
+        """After a signal: checkpoint, and exit with 130 (Ctrl-C) or 143 (SIGTERM)."""
+        if self.signal:
+            self.save_checkpoint()
+            print(f"{PROGRAM}: stopped; go on with the same command and --resume", file=sys.stderr)
+            raise SystemExit(128 + self.signal)
+
+    def log_metrics(self) -> None:
+        """The newest metrics to TensorBoard; exit 1 where one is not finite."""
+        for name, value in self.metrics.items():
+            value = float(value)
+            if not math.isfinite(value):
+                last = self.folder / "checkpoint.pt"
+                kept = f"the last checkpoint is {last}" if last.exists() else "there was no checkpoint yet"
+                print(f"{PROGRAM}: {name} is {value} in phase {self.phase}, gradient step {self.gradient_steps}; {kept}", file=sys.stderr)
+                raise SystemExit(1)
+            self.writer.add_scalar(f"train/{name}", value, self.gradient_steps)
+
+    def add_evaluation(self) -> None:
+        """Evaluate and append the row to evals.csv."""
+        started = time.perf_counter()
+        result = self.evaluate()
+        self.seconds += time.perf_counter() - started
+        values = {"phase": self.phase, "env_steps": self.env_steps, "gradient_steps": self.gradient_steps, **result, "seconds": round(self.seconds, 2)}
+        self.evals.append([str(values[key]) for key in self.EVALS])
+        self.append_row("evals.csv", self.evals[-1])
+        for key in ("normalized_score", "return_mean", "return_std", "length_mean", "success_rate"):
+            if values[key] != "" and math.isfinite(values[key]):
+                self.writer.add_scalar(f"eval/{key}", values[key], self.gradient_steps)
+        self.writer.add_scalar("eval/env_steps", self.env_steps, self.gradient_steps)
+        self.writer.flush()
+
+    def add_speed(self, gradient_steps: int, env_steps: int) -> None:
+        """Append the finished phase to speed.csv; evaluation and checkpoints are not counted."""
+        rate = gradient_steps / max(self.phase_seconds, 1e-9)
+        self.speed.append([self.phase, str(gradient_steps), str(env_steps), f"{self.phase_seconds:.3f}", f"{rate:.2f}"])
+        self.append_row("speed.csv", self.speed[-1])
+
+    def append_row(self, name: str, row: list[str]) -> None:
+        with open(self.folder / name, "a", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerow(row)
+
+    def last_score(self) -> float:
+        """The newest normalised score; the mean return where D4RL has no reference for the environment."""
+        row = dict(zip(self.EVALS, self.evals[-1], strict=True))
+        return float(row["return_mean"] if row["normalized_score"] == "nan" else row["normalized_score"])
+
+    def show_score(self, bar: tqdm) -> None:
+        if self.evals:
+            bar.set_postfix(score=f"{self.last_score():.1f}")
+
+    def save_checkpoint(self) -> None:
+        """Write checkpoint.pt: all that a resumed run needs to go on bit for bit."""
+        counters = ("phase", "step", "phase_seconds", "env_steps", "gradient_steps", "seconds", "evals", "speed")
+        state = {name: getattr(self, name) for name in counters} | {"args": asdict(self.args), "data": self.data}
+        state["rng"] = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if self.args.device == "cuda" else {})
+        state["parts"] = {name: part.state_dict() for name, part in self.parts.items()}
+        write_whole(self.folder / "checkpoint.pt", lambda file: torch.save(state, file))
+
+    def finish(self) -> None:
+        """Mark the run complete (its checkpoint keeps no networks: they are in model.pt) and close its files."""
+        self.begin("done")
+        self.parts = {}
+        self.save_checkpoint()
+        self.writer.close()
+        if self.args.track:
+            import wandb
+
+            wandb.finish()
+        for number, handler in self.old_handlers.items():
+            signal.signal(number, handler)
+
+    def load_checkpoint(self, state: dict) -> None:
+        for name in ("phase", "step", "phase_seconds", "env_steps", "gradient_steps", "seconds", "evals", "speed"):
+            setattr(self, name, state[name])
+        for name, part in self.parts.items():
+            part.load_state_dict(state["parts"][name])
+        torch.set_rng_state(state["rng"]["cpu"])
+        if "cuda" in state["rng"]:
+            torch.cuda.set_rng_state(state["rng"]["cuda"])
+
+
+def write_whole(path: Path, write: Callable) -> None:
+    """Write a file under a temporary name, then rename it: whatever happens, the file is the old one or the whole new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_saved(path: Path, what: str) -> dict:
+    """Load a file that torch.save wrote; exit 2 if it is missing or damaged."""
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except FileNotFoundError:
+        raise bad_input(f"{what} {path} does not exist: write the folder of a run that has one") from None
+    except Exception as error:  # torch raises half a dozen kinds for a truncated file
+        raise bad_input(f"{what} {path} is damaged ({type(error).__name__}): delete it and run again") from None
+
+
+def refuse_differences(saved: dict, args: Args, names: list[str], what: str) -> None:
+    """Exit 2 where a saved run's arguments differ from these."""
+    different = [f"--{n.replace('_', '-')} {saved.get(n)} (now {getattr(args, n)})" for n in names if saved.get(n) != getattr(args, n)]
+    if different:
+        raise bad_input(f"{what} was made with {', '.join(different)}: write the same, or start a run of its own with another --run-dir")
+
+
+def prepare_folder(args: Args) -> dict | None:
+    """Make the run's folder; with --resume its checkpoint, if there is one. Exit 2 if it can't be written or holds another run."""
+    folder = Path(args.run_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / ".writable", lambda file: file.write(b"."))
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise bad_input(f"the run folder {folder} cannot be written ({error.strerror}): write another --run-dir") from None
+    checkpoint = folder / "checkpoint.pt"
+    if not args.resume:
+        if checkpoint.exists() or (folder / "evals.csv").exists():
+            raise bad_input(f"{folder} holds a run already: write --resume to go on with it, or another --run-dir or --exp-name")
+        return None
+    if not checkpoint.exists():
+        return None
+    state = read_saved(checkpoint, "the checkpoint")
+    free = ("resume", "run_dir", "offline_from", "checkpoint_freq", "save_model", "capture_video", "track", "wandb_project_name", "wandb_entity", "progress")
+    refuse_differences(state["args"], args, [name for name in asdict(args) if name not in free], f"the checkpoint {checkpoint}")
+    return state
+
+
+class Collector:
+    """Steps the training environment into the buffer.
+
+    Every episode is reset from a seed of its own, so that a resumed run gets the environment's state back by repeating the
+    actions of the unfinished episode; they are the newest rows of the buffer.
+    """
+
+    def __init__(self, env: gym.Env, buffer: ReplayBuffer, normalize: Callable, seed: int):
+        self.env, self.buffer, self.normalize, self.seed = env, buffer, normalize, seed
+        self.episode, self.episode_steps = -1, 0
+        self.observation: np.ndarray | None = None  # normalised
+
+    def reset(self) -> None:
+        self.episode, self.episode_steps = self.episode + 1, 0
+        seed = int(np.random.SeedSequence([self.seed, self.episode]).generate_state(1)[0])
+        self.observation = self.normalize(self.env.reset(seed=seed)[0])
+
+    def step(self, action: np.ndarray) -> int:
+        """Take an action in [-1, 1] and store the transition; returns its row. Starts the next episode where one ends."""
+        next_observation, reward, terminated, truncated, _ = self.env.step(action)
+        next_observation = self.normalize(next_observation)
+        row = self.buffer.add(self.observation, action, reward, next_observation, terminated)
+        self.observation, self.episode_steps = next_observation, self.episode_steps + 1
+        if terminated or truncated:
+            self.reset()
+        return row
+
+    def state_dict(self) -> dict:
+        return {"episode": self.episode, "episode_steps": self.episode_steps}
+
+    def load_state_dict(self, state: dict) -> None:
+        if state["episode"] < 0:
+            return
+        self.episode = state["episode"] - 1
+        self.reset()
+        first = self.buffer.added - state["episode_steps"]
+        for i in range(first, self.buffer.added):
+            row = self.buffer.rows[self.buffer.n_offline + i % self.buffer.online_capacity]
+            self.observation = self.normalize(self.env.step(row.split(self.buffer.widths)[1].cpu().numpy())[0])
+        self.episode_steps = state["episode_steps"]
+
+
+class Policy:
+    """A deterministic policy for acting: a CPU copy of the actor, which `refresh` brings up to date (on the CPU the actor itself)."""
+
+    def __init__(self, actor: nn.Module):
+        self.source = actor
+        self.actor = copy.deepcopy(actor).cpu() if next(actor.parameters()).is_cuda else actor
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        if self.actor is not self.source:
+            torch._foreach_copy_(list(self.actor.parameters()), list(self.source.parameters()))
+
+    @torch.no_grad()
+    def __call__(self, observation: np.ndarray) -> np.ndarray:
+        """Normalised observation [observation_dim] to action [action_dim]."""
+        return self.actor(torch.from_numpy(observation).unsqueeze(0)).squeeze(0).numpy()
+
+
+def evaluate(policy: Policy, env: gym.Env, normalize: Callable, env_id: str, episodes: int, seed: int) -> dict:
+    """Roll out `episodes` episodes without noise, from the same start states each time; the columns of evals.csv."""
+    policy.refresh()
+    returns, lengths, successes = [], [], []
+    for episode in range(episodes):
+        observation, _ = env.reset(seed=seed + 1_000_000 + episode)
+        total, length, done = 0.0, 0, False
+        while not done:
+            observation, reward, terminated, truncated, info = env.step(policy(normalize(observation)))
+            total, length, done = total + float(reward), length + 1, terminated or truncated
+        returns.append(total)
+        lengths.append(length)
+        if "success" in info or "is_success" in info:
+            successes.append(bool(info.get("success", info.get("is_success"))))
+    return {
+        "normalized_score": round(normalized_score(env_id, float(np.mean(returns))), 4),
+        "return_mean": round(float(np.mean(returns)), 4),
+        "return_std": round(float(np.std(returns)), 4),
+        "length_mean": round(float(np.mean(lengths)), 2),
+        "success_rate": round(float(np.mean(successes)), 4) if successes else "",
+    }
+
+
+def record_video(env_id: str, folder: Path, policy: Policy | None, normalize: Callable, seed: int) -> None:
+    """Write one episode as an mp4 to `folder`; with no policy only try whether this machine can render (exit 2 if not)."""
+    if not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    try:
+        env = make_env(env_id, render_mode="rgb_array")
+        env.reset(seed=seed)
+        env.render()
+        gym.wrappers.RecordVideo(env, str(folder), name_prefix="evaluation", disable_logger=True)
+    except Exception as error:  # every graphics stack fails in its own way
+        raise bad_input(
+            f"--capture-video: this machine cannot render {env_id} ({type(error).__name__}: {str(error).splitlines()[0]}): "
+            "install EGL or OSMesa and set MUJOCO_GL to egl or osmesa, or leave it out"
+        ) from None
+    if policy is not None:
+        env = gym.wrappers.RecordVideo(env, str(folder), name_prefix="evaluation", disable_logger=True)
+        evaluate(policy, env, normalize, env_id, episodes=1, seed=seed)
+    env.close()
+
+
+def tune_cpu() -> None:
+    """Three settings that make small networks about twice as fast on a CPU and leave results in float32."""
+    torch.set_flush_denormal(True)  # Adam's moments of dead units decay into denormals, which are slow
+    try:  # glibc maps and unmaps a 256 KB activation anew at every operation: keep freed memory instead
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 24)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 1 << 29)  # M_TRIM_THRESHOLD
+    except OSError:
+        pass
+    # Lets oneDNN (AVX-512 on AMD too) do the matrix products. It still computes in float32, but for machines with AMX: there, take it back.
+    a, b = torch.rand(2, 256, 256, generator=torch.Generator().manual_seed(0))
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    if (a @ b - (a.double() @ b.double())).abs().max() > 1e-3:
+        torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+
+
+def capture(update: Callable[[bool], dict], parts: dict, device: torch.device) -> Callable[[bool], dict]:
+    """On CUDA `update(False)` and `update(True)` as two CUDA graphs; elsewhere `update` itself. `parts` and RNG stay as they were."""
+    if device.type != "cuda":
+        return update
+
+    def tensors(state) -> list[torch.Tensor]:
+        if isinstance(state, torch.Tensor):
+            return [state]
+        values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
+        return [tensor for value in values for tensor in tensors(value)]
+
+    for part in parts.values():  # Adam makes its moments at its first step: let it, without moving, and put its count back
+        if isinstance(part, torch.optim.Adam) and not part.state:
+            for parameter in part.param_groups[0]["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+            part.step()
+            for state in part.state.values():
+                state["step"].zero_()
+    live = [tensor for part in parts.values() for tensor in tensors(part.state_dict())]
+    saved, rng = [tensor.clone() for tensor in live], torch.cuda.get_rng_state()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # PyTorch asks for a few runs on a side stream before a capture
+        for _ in range(3):
+            update(False)
+            update(True)
+    torch.cuda.current_stream().wait_stream(stream)
+    for tensor, value in zip(live, saved, strict=True):
+        tensor.copy_(value)
+    torch.cuda.set_rng_state(rng)
+    graphs = {}
+    for flag in (False, True):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            metrics = update(flag)
+        graphs[flag] = (graph, metrics)
+
+    def replay(flag: bool) -> dict:
+        graph, metrics = graphs[flag]
+        graph.replay()
+        return metrics
+
+    return replay
+
+
+# ======================================================================================================================
+# The three phases (Algorithm 1)
+# ======================================================================================================================
+
+
+class Agent:
+    """Networks, targets and optimisers. Q_on has a seed of its own, so that every variant shares one offline phase."""
+
+    def __init__(self, args: Args, observation_dim: int, action_dim: int, device: torch.device):
+        torch.manual_seed(args.seed)
+        self.actor = Actor(observation_dim, action_dim).to(device)
+        self.q_off = Critic(observation_dim, action_dim).to(device)
+        self.actor_target, self.q_off_target = copy.deepcopy(self.actor), copy.deepcopy(self.q_off)
+        self.actor_optimizer = make_adam(self.actor, args.learning_rate)
+        self.q_off_optimizer = make_adam(self.q_off, args.learning_rate)
+        self.offline_parts = dict(vars(self))  # what offline.pt holds
+        if args.opt and args.q_on:
+            torch.manual_seed(args.seed + 1_000)
+            self.q_on = Critic(observation_dim, action_dim).to(device)
+            self.q_on_target = copy.deepcopy(self.q_on)
+            self.q_on_optimizer = make_adam(self.q_on, args.learning_rate)
+
+    def parts(self) -> dict:
+        """Every network and optimiser by name."""
+        return {name: part for name, part in vars(self).items() if name != "offline_parts"}
+
+
+def offline_pretrain(args: Args, run: Run, agent: Agent, buffer: ReplayBuffer) -> None:
+    """Phase 1: TD3+BC on B_off."""
+
+    def update(update_policy: bool) -> dict:
+        batch = buffer[buffer.sample_offline(args.batch_size)]
+        next_actions = smoothed_actions(agent.actor_target, batch.next_observations, args.policy_noise, args.noise_clip)
+        target = td_target(agent.q_off_target, batch, next_actions, args.gamma)
+        values = agent.q_off(batch.observations, batch.actions)
+        q_off_loss = td_loss(values, target)  # Eq. 2
+        minimize(q_off_loss, agent.q_off_optimizer)
+        metrics = {"q_off_loss": q_off_loss.detach(), "q_off_data_mean": values.detach().mean()}
+        if update_policy:
+            actions = agent.actor(batch.observations)
+            values = agent.q_off(batch.observations, actions, members=1)[0]
+            actor_loss = td3_bc_loss(values, actions, batch.actions, args.bc_alpha)
+            minimize(actor_loss, agent.actor_optimizer)
+            soft_update(agent.q_off_target, agent.q_off, args.tau)
+            soft_update(agent.actor_target, agent.actor, args.tau)
+            metrics |= {"actor_loss": actor_loss.detach(), "q_off_mean": values.detach().mean()}
+        return metrics
+
+    if run.begin("offline"):
+        run.add_evaluation()
+    if args.offline_steps:
+        update = capture(update, agent.offline_parts, buffer.rows.device)
+    for step in run.steps(args.offline_steps, gradient=1):
+        run.metrics |= update((step + 1) % args.policy_frequency == 0)
+
+
+def explore(policy: Policy, observation: np.ndarray, noise: float) -> np.ndarray:
+    """The policy's action with Gaussian exploration noise, in [-1, 1]."""
+    action = policy(observation)
+    return np.clip(action + noise * torch.randn(action.shape).numpy(), -1, 1)
+
+
+def collect(args: Args, run: Run, collector: Collector, policy: Policy) -> None:
+    """Phase 2, first part: N_tau transitions with pi_off, with the exploration noise of every online action [choice]."""
+    if run.begin("collect"):
+        collector.reset()
+    policy.refresh()
+    for _ in run.steps(args.n_tau, env=1, evaluate="never"):
+        collector.step(explore(policy, collector.observation, args.exploration_noise))
+
+
+def online_pretrain(args: Args, run: Run, agent: Agent, buffer: ReplayBuffer) -> None:
+    """Phase 2, second part: N_pretrain gradient steps on Q_on alone (with --no-q-on on Q_off). pi, pi' and Q_off are frozen."""
+    name = "q_on" if args.q_on else "q_off"
+    critic, critic_target, optimizer = (getattr(agent, name + suffix) for suffix in ("", "_target", "_optimizer"))
+
+    def update(update_target: bool) -> dict:
+        n = args.batch_size
+        batch = buffer[torch.cat([buffer.sample_offline(n), buffer.sample_online(n)])]
+        next_actions = smoothed_actions(agent.actor_target, batch.next_observations, args.policy_noise, args.noise_clip)
+        offline_target, online_target = td_target(critic_target, batch, next_actions, args.gamma).split(n)
+        offline, online = Dataset(*(x[:n] for x in batch)), Dataset(*(x[n:] for x in batch))
+        if args.q_on_init == "meta":
+            loss = meta_adaptation_loss(critic, offline, offline_target, online, online_target, args.meta_lr, args.meta_second_order)  # Eq. 3
+        else:
+            loss = td_loss(critic(online.observations, online.actions), online_target)
+            if args.q_on_init == "joint":
+                loss = loss + td_loss(critic(offline.observations, offline.actions), offline_target)  # Eq. 10
+        minimize(loss, optimizer)
+        if update_target:
+            soft_update(critic_target, critic, args.tau)
+        return {f"{name}_pretrain_loss": loss.detach()}
+
+    run.begin("online_pretrain")
+    steps = 0 if args.q_on_init == "random" else args.n_pretrain
+    if steps:
+        parts = {part: getattr(agent, part) for part in (name, f"{name}_target", f"{name}_optimizer")}
+        update = capture(update, parts, buffer.rows.device)
+    elif not run.step:
+        run.add_evaluation()
+    for step in run.steps(steps, gradient=1, evaluate="end"):
+        run.metrics |= update((step + 1) % args.policy_frequency == 0)
+
+
+def online_finetune(
+    args: Args, run: Run, agent: Agent, buffer: ReplayBuffer, balanced: BalancedReplay | None, collector: Collector, policy: Policy
+) -> None:
+    """Phase 3: act, store, `utd` gradient steps; Eq. 2 for Q_off and Q_on, Eq. 4 for the policy. Vanilla: TD3 on Q_off."""
+    with_q_on = args.opt and args.q_on
+    with_q_off = not (with_q_on and args.kappa_init == args.kappa_end == 1)  # at kappa = 1 Q_off never reaches the policy: not updated
+    kappa = torch.zeros((), device=buffer.rows.device)
+    sample = balanced.tree.sample if balanced else getattr(buffer, f"sample_{args.replay}")
+    critics = [("q_off", agent.q_off, agent.q_off_target, agent.q_off_optimizer)] if with_q_off else []
+    critics += [("q_on", agent.q_on, agent.q_on_target, agent.q_on_optimizer)] if with_q_on else []
+
+    def update(update_policy: bool) -> dict:
+        rows = sample(args.batch_size)
+        batch = buffer[rows]
+        metrics = {"online_share": (rows >= buffer.n_offline).float().mean()}
+        next_actions = smoothed_actions(agent.actor_target, batch.next_observations, args.policy_noise, args.noise_clip)
+        for name, critic, critic_target, optimizer in critics:
+            target = td_target(critic_target, batch, next_actions, args.gamma)
+            critic_loss = td_loss(critic(batch.observations, batch.actions), target)  # Eq. 2, each with its own target
+            minimize(critic_loss, optimizer)
+            metrics[f"{name}_loss"] = critic_loss.detach()
+        if update_policy:
+            actions = agent.actor(batch.observations)
+            values = {name: critic(batch.observations, actions, members=1)[0] for name, critic, _, _ in critics}
+            actor_loss = policy_loss(values.get("q_off"), values.get("q_on"), kappa)  # Eq. 4
+            minimize(actor_loss, agent.actor_optimizer)
+            for _, critic, critic_target, _ in critics:
+                soft_update(critic_target, critic, args.tau)
+            soft_update(agent.actor_target, agent.actor, args.tau)
+            metrics |= {"actor_loss": actor_loss.detach(), "q_mix_mean": -actor_loss.detach()}
+            metrics |= {f"{name}_mean": value.detach().mean() for name, value in values.items()}
+        if balanced:
+            metrics["density_ratio_loss"] = balanced.update(rows, batch)
+        return metrics
+
+    if run.begin("online_finetune"):
+        if balanced:
+            balanced.start(args.init_online_fraction)
+        if not args.opt:
+            collector.reset()
+    parts = agent.parts() | ({"balanced": balanced} if balanced else {})
+    update = capture(update, parts, buffer.rows.device)
+    for step in run.steps(args.online_steps - (args.n_tau if args.opt else 0), env=1, gradient=args.utd):
+        policy.refresh()
+        row = collector.step(explore(policy, collector.observation, args.exploration_noise))
+        if balanced:
+            balanced.add(row)
+        if with_q_on:  # Table 15 counts the environment steps of the online phase: the first n_tau are among them
+            run.metrics["kappa"] = kappa_at(run.env_steps, args.kappa_init, args.kappa_end, args.kappa_decay)
+            kappa.fill_(run.metrics["kappa"])
+        for i in range(step * args.utd, (step + 1) * args.utd):
+            run.metrics |= update((i + 1) % args.policy_frequency == 0)
+
+
+OFFLINE_ARGS = (
+    "env_id", "seed", "offline_steps", "batch_size", "learning_rate", "gamma", "tau", "policy_frequency", "policy_noise", "noise_clip", "bc_alpha"
+)  # fmt: skip
+
+
+def train(args: Args) -> float:
+    """Run all phases; returns the last evaluation's normalised score (mean return where D4RL has no reference)."""
+    args = resolve(args)
+    env, evaluation_env = make_env(args.env_id), make_env(args.env_id)
+    saved = prepare_folder(args)
+    run = Run(args)
+    if saved and saved["phase"] == "done":
+        run.load_checkpoint(saved)
+        print(f"{run.folder} is complete: score {run.last_score():.1f}")
+        return run.last_score()
+    offline = None
+    if args.offline_from and not saved:
+        path = Path(args.offline_from)
+        path = path / "offline.pt" if path.is_dir() else path
+        offline = read_saved(path, "--offline-from")
+        refuse_differences(offline["args"], args, OFFLINE_ARGS, f"--offline-from {path}")
+    device = torch.device(args.device)
+    if device.type == "cpu":
+        tune_cpu()
+    dataset = load_dataset(args.env_id, args.dataset, args.progress)
+    check_dataset(dataset, env, args)
+
+    mean = dataset.observations.mean(0, dtype=np.float64).astype(np.float32)
+    std = dataset.observations.std(0, dtype=np.float64).astype(np.float32) + np.float32(1e-3)  # TD3+BC
+
+    def normalize(observations: np.ndarray) -> np.ndarray:
+        """The same numbers offline and online."""
+        return (np.asarray(observations, np.float32) - mean) / std
+
+    if args.capture_video:
+        record_video(args.env_id, run.folder, None, normalize, args.seed)
+    dataset = dataset._replace(
+        observations=normalize(dataset.observations),
+        next_observations=normalize(dataset.next_observations),
+        actions=scale_actions(dataset.actions, args.env_id),
+    )
+    buffer = ReplayBuffer(dataset, args.online_steps, device)
+    data = {"size": len(dataset.rewards), "observation_mean": torch.from_numpy(mean), "observation_std": torch.from_numpy(std)}
+    del dataset
+    for other, what in ((saved, "the checkpoint"), (offline, "--offline-from")):
+        if other and not all(torch.equal(torch.as_tensor(data[key]), torch.as_tensor(other["data"][key])) for key in data):
+            raise bad_input(f"{what} was made with other data for {args.env_id}: give it the same --dataset")
+
+    agent = Agent(args, buffer.widths[0], buffer.widths[1], device)
+    torch.manual_seed(args.seed + 2_000)
+    balanced = BalancedReplay(buffer, args.batch_size, device) if args.replay == "balanced" else None
+    collector, policy = Collector(env, buffer, normalize, args.seed), Policy(agent.actor)
+    run.data = data
+    run.parts = agent.parts() | {"buffer": buffer, "collector": collector} | ({"balanced": balanced} if balanced else {})
+    run.evaluate = lambda: evaluate(policy, evaluation_env, normalize, args.env_id, args.eval_episodes, args.seed)
+    if saved:
+        run.load_checkpoint(saved)
+    elif offline:
+        for name, part in agent.offline_parts.items():
+            part.load_state_dict(offline["parts"][name])
+        run.phase, run.evals, run.gradient_steps, run.seconds = "offline", offline["evals"], args.offline_steps, offline["seconds"]
+        run.step = args.offline_steps
+    del saved
+    run.open()
+
+    if run.pending("offline"):
+        offline_pretrain(args, run, agent, buffer)
+        parts = {name: part.state_dict() for name, part in agent.offline_parts.items()}
+        state = {"args": asdict(args), "data": data, "parts": parts, "evals": run.evals, "seconds": run.seconds}
+        write_whole(run.folder / "offline.pt", lambda file: torch.save(state, file))
+    if args.opt and run.pending("collect"):
+        collect(args, run, collector, policy)
+    if args.opt and run.pending("online_pretrain"):
+        online_pretrain(args, run, agent, buffer)
+    if run.pending("online_finetune"):
+        online_finetune(args, run, agent, buffer, balanced, collector, policy)
+
+    if args.save_model:
+        networks = {name: part.state_dict() for name, part in agent.parts().items() if isinstance(part, nn.Module)}
+        model = {"args": asdict(args), **data, **networks}
+        write_whole(run.folder / "model.pt", lambda file: torch.save(model, file))
+    if args.capture_video:
+        record_video(args.env_id, run.folder, policy, normalize, args.seed)
+    run.finish()
+    return run.last_score()
+
+
+if __name__ == "__main__":
+    try:
+        train(tyro.cli(Args))
+    except KeyboardInterrupt:
+        sys.exit(130)
