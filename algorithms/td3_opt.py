@@ -553,54 +553,42 @@ class ReplayBuffer:
 
 
 class SumTree:
-    """Draws leaves proportionally to their priorities. Three levels, each node the sum of `width` children, all in float64."""
+    """Draws leaves proportionally to their priorities: a wide tree of two levels, a node the sum of 128 leaves, in float64."""
+
+    WIDTH = 128
 
     def __init__(self, capacity: int, device: torch.device):
-        self.width = max(2, math.ceil(capacity ** (1 / 3)))
-        self.width += self.width**3 < capacity  # the cube root's rounding
-        self.levels = [torch.zeros(self.width**k, dtype=torch.float64, device=device) for k in (1, 2, 3)]
+        nodes = math.ceil(capacity / self.WIDTH)
+        self.leaves = torch.zeros(nodes, self.WIDTH, dtype=torch.float64, device=device)
+        self.nodes = torch.zeros(nodes, dtype=torch.float64, device=device)
+
+    def fill(self, priorities: torch.Tensor) -> None:
+        """Give the first leaves their priorities [n]."""
+        self.leaves.view(-1)[: len(priorities)] = priorities
+        self.nodes.copy_(self.leaves.sum(1))
 
     def set(self, leaves: torch.Tensor, priorities: torch.Tensor) -> None:
-        """Give leaves [n] new priorities [n]; sums are taken anew, not adjusted, so that no rounding piles up."""
-        self.levels[2][leaves] = priorities.double()
-        nodes = leaves
-        for parent, child in ((1, 2), (0, 1)):
-            nodes = nodes // self.width
-            self.levels[parent][nodes] = self.levels[child].view(-1, self.width)[nodes].sum(1)
+        """Give leaves [n] new priorities [n]. Sums are taken anew, not adjusted, so that no rounding piles up."""
+        self.leaves.view(-1)[leaves] = priorities.double()
+        nodes = leaves // self.WIDTH
+        self.nodes[nodes] = self.leaves[nodes].sum(1)
 
     def sample(self, n: int) -> torch.Tensor:
         """n leaves [n], independently, each with probability priority / total."""
-        rest = torch.rand(n, dtype=torch.float64, device=self.levels[0].device) * self.levels[0].sum()
-        node = torch.zeros(n, dtype=torch.long, device=rest.device)
-        for level in self.levels:
-            children = level.view(-1, self.width)[node]
-            ends = children.cumsum(1)
-            rest = torch.minimum(rest, ends[:, -1] * (1 - 1e-12))  # stay below the last positive child in spite of rounding
-            child = torch.searchsorted(ends, rest.unsqueeze(1), right=True)
-            rest = (rest - (ends - children).gather(1, child).squeeze(1)).clamp(min=0)
-            node = node * self.width + child.squeeze(1)
-        return node
+        ends = self.nodes.cumsum(0)
+        point = torch.rand(n, dtype=torch.float64, device=ends.device) * ends[-1] * (1 - 1e-12)
+        node = torch.searchsorted(ends, point, right=True)
+        point = point - (ends[node] - self.nodes[node])
+        ends = self.leaves[node].cumsum(1)
+        point = point.clamp(min=0).minimum(ends[:, -1] * (1 - 1e-12))  # 1e-12: rounding must not lead past the last positive leaf
+        return node * self.WIDTH + torch.searchsorted(ends, point.unsqueeze(1), right=True).squeeze(1)
 
     def state_dict(self) -> dict:
-        return {"levels": list(self.levels)}
+        return {"leaves": self.leaves, "nodes": self.nodes}
 
     def load_state_dict(self, state: dict) -> None:
-        for level, saved in zip(self.levels, state["levels"], strict=True):
-            level.copy_(saved)
-
-
-class DensityRatio(nn.Module):
-    """w(s,a) >= 0, which estimates how much likelier (s,a) is online than offline; 256-256, output bias started at 1 (Off2On)."""
-
-    def __init__(self, observation_dim: int, action_dim: int):
-        super().__init__()
-        self.network = nn.Sequential(
-            nn.Linear(observation_dim + action_dim, 256), nn.ReLU(inplace=True), nn.Linear(256, 256), nn.ReLU(inplace=True), nn.Linear(256, 1), nn.ReLU()
-        )
-        nn.init.ones_(self.network[4].bias)
-
-    def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        return self.network(torch.cat([observations, actions], 1)).squeeze(1)
+        self.leaves.copy_(state["leaves"])
+        self.nodes.copy_(state["nodes"])
 
 
 def density_ratio_loss(offline_ratio: torch.Tensor, online_ratio: torch.Tensor) -> torch.Tensor:
@@ -616,15 +604,17 @@ class BalancedReplay:
     def __init__(self, buffer: ReplayBuffer, batch_size: int, device: torch.device):
         self.buffer, self.batch_size = buffer, batch_size
         self.tree = SumTree(len(buffer.rows), device)
-        self.ratio = DensityRatio(buffer.widths[0], buffer.widths[1]).to(device)
+        self.ratio = Critic(buffer.widths[0], buffer.widths[1], members=1).to(device)  # 256-256-1, with a ReLU behind
+        nn.init.ones_(self.ratio.layers[2].bias)
         self.optimizer = make_adam(self.ratio, 3e-4)
         self.largest = torch.ones((), dtype=torch.float64, device=device)
 
     def start(self, online_fraction: float) -> None:
         """Priority 1 offline; online such that a share `online_fraction` of the first samples is online."""
-        rows = torch.arange(self.buffer.n_offline + self.buffer.n_online, device=self.largest.device)
         online = self.buffer.n_offline * online_fraction / ((1 - online_fraction) * self.buffer.n_online)
-        self.tree.set(rows, torch.where(rows < self.buffer.n_offline, 1.0, online))
+        priorities = torch.ones(self.buffer.n_offline + self.buffer.n_online, dtype=torch.float64, device=self.largest.device)
+        priorities[self.buffer.n_offline :] = online
+        self.tree.fill(priorities)
         self.largest.fill_(max(1.0, online))
 
     def add(self, row: int) -> None:
@@ -635,12 +625,12 @@ class BalancedReplay:
         """One step of the density ratio on a uniform batch of each buffer, then new priorities for the rows just used; returns the loss."""
         n = self.batch_size
         uniform = self.buffer[torch.cat([self.buffer.sample_offline(n), self.buffer.sample_online(n)])]
-        offline_ratio, online_ratio = self.ratio(uniform.observations, uniform.actions).split(n)
+        offline_ratio, online_ratio = self.ratio(uniform.observations, uniform.actions)[0].relu().split(n)
         loss = density_ratio_loss(offline_ratio, online_ratio)
         minimize(loss, self.optimizer)
         with torch.no_grad():
             scale = offline_ratio.pow(1 / self.TEMPERATURE).mean() + 1e-10
-            priorities = self.ratio(batch.observations, batch.actions).pow(1 / self.TEMPERATURE) / scale
+            priorities = self.ratio(batch.observations, batch.actions)[0].relu().pow(1 / self.TEMPERATURE) / scale
             priorities = priorities.clamp(self.PRIORITY_MIN, self.PRIORITY_MAX).double()
             self.tree.set(rows, priorities)
             torch.maximum(self.largest, priorities.max(), out=self.largest)
@@ -683,10 +673,14 @@ class EnsembleLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(members, 1, outputs).uniform_(-bound, bound))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        n = len(x)  # the first n members
-        if self.weight.shape[2] == 1:  # a dot product a row: several times faster than a product with a one-column matrix
-            return (x * self.weight[:n].transpose(1, 2)).sum(2, keepdim=True) + self.bias[:n]
-        return torch.baddbmm(self.bias[:n], x, self.weight[:n])
+        weight, bias = self.weight, self.bias
+        if len(x) < len(weight):  # the first members alone; a slice costs time in every backward pass
+            weight, bias = weight[: len(x)], bias[: len(x)]
+        if weight.shape[2] == 1:  # a dot product a row: several times faster than a product with a one-column matrix
+            return (x * weight.transpose(1, 2)).sum(2, keepdim=True) + bias
+        if len(x) == 1:  # a batched product uses one thread a member
+            return torch.addmm(bias[0], x[0], weight[0]).unsqueeze(0)
+        return torch.baddbmm(bias, x, weight)
 
 
 class Critic(nn.Module):

@@ -1,0 +1,81 @@
+"""What the tests share: the script as a module, small datasets, and the script as a user starts it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import h5py
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "algorithms"))
+
+
+def write_file(path: Path, columns: dict[str, np.ndarray]) -> Path:
+    with h5py.File(path, "w") as file:
+        for key, column in columns.items():
+            file.create_dataset(key, data=column)
+    return path
+
+
+def roll_out(env: gym.Env, steps: int, seed: int, policy=None) -> dict[str, np.ndarray]:
+    """D4RL's columns for `steps` steps; random actions where there is no policy."""
+    env.action_space.seed(seed)
+    observation, _ = env.reset(seed=seed)
+    rows = []
+    for _ in range(steps):
+        action = env.action_space.sample() if policy is None else policy(observation)
+        following, reward, terminated, truncated, _ = env.step(action)
+        rows.append((observation, action, reward, following, terminated, truncated and not terminated))
+        observation = env.reset()[0] if terminated or truncated else following
+    keys = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
+    kinds = (np.float32,) * 4 + (bool,) * 2
+    return {key: np.asarray(column).astype(kind) for key, column, kind in zip(keys, zip(*rows, strict=True), kinds, strict=True)}
+
+
+@pytest.fixture(scope="session")
+def pendulum_columns() -> dict[str, np.ndarray]:
+    return roll_out(gym.make("InvertedPendulum-v5"), 5_000, seed=0)
+
+
+@pytest.fixture(scope="session")
+def pendulum_file(pendulum_columns, tmp_path_factory) -> Path:
+    return write_file(tmp_path_factory.mktemp("data") / "pendulum.hdf5", pendulum_columns)
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory) -> Path:
+    """An empty home, so that no test finds or touches the user's datasets."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture
+def start(home, tmp_path):
+    """Start the script in a process of its own, as a user would; one thread, so that two tests do not fight for cores."""
+
+    def start(*arguments: str, **environment: str) -> subprocess.Popen:
+        names = ("XDG_CACHE_HOME", "D4RL_DATASET_DIR", "MINARI_DATASETS_PATH")
+        clean = {key: value for key, value in os.environ.items() if key not in names}
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "algorithms" / "td3_opt.py"), *map(str, arguments)],
+            env=clean | {"HOME": str(home), "OMP_NUM_THREADS": "1"} | environment,
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+@pytest.fixture
+def run(start):
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+        process = start(*arguments, **environment)
+        out, err = process.communicate(timeout=300)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    return run

@@ -1,0 +1,177 @@
+"""What a user can mend ends with status 2 and one line that says what to write instead."""
+
+import json
+
+import numpy as np
+import pytest
+import td3_opt
+import torch
+from conftest import write_file
+from td3_opt import Args
+
+TINY = dict(env_id="InvertedPendulum-v5", offline_steps=0, online_steps=40, n_tau=20, n_pretrain=2, eval_episodes=1, batch_size=8, progress=False)
+
+
+@pytest.fixture
+def refused(capsys, tmp_path, monkeypatch, home):
+    """train(Args) must exit with status 2 and one line holding all these words."""
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+
+    def refused(*words: str, **arguments) -> str:
+        with pytest.raises(SystemExit) as error:
+            td3_opt.train(Args(**(TINY | {"run_dir": str(tmp_path / "run")} | arguments)))
+        message = capsys.readouterr().err
+        assert error.value.code == 2
+        assert message.startswith("td3_opt.py: ") and message.count("\n") == 1, message
+        for word in words:
+            assert word in message, message
+        return message
+
+    return refused
+
+
+def test_on_the_command_line_there_is_one_line_and_no_traceback(run):
+    result = run("--env-id", "hoper-random-v2")
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr == "td3_opt.py: unknown --env-id 'hoper-random-v2': did you mean " + result.stderr.split("mean ")[1]
+    assert "hopper-random-v2" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_environment_ids(refused, pendulum_file):
+    refused("halfcheetah-medium-v2", env_id="halfchetah-medium-v2")
+    refused("InvertedPendulum-v5", env_id="InvertedPendulm-v5")
+    refused("--dataset", env_id="InvertedPendulum-v5")
+    refused("Discrete actions", env_id="CartPole-v1", dataset=str(pendulum_file))
+    refused("Dict observations", env_id="AntMaze_UMaze-v4", dataset=str(pendulum_file))
+
+
+def test_data_that_is_nowhere(refused, monkeypatch):
+    monkeypatch.setattr(td3_opt, "D4RL_URL", "http://127.0.0.1:9/")
+    refused("hopper_medium-v2.hdf5", "--dataset", "download", env_id="hopper-medium-v2")
+    refused("is not a file", "--dataset", dataset="missing.hdf5")
+    monkeypatch.setattr(td3_opt.minari, "download_dataset", lambda name: (_ for _ in ()).throw(ConnectionError("no network")))
+    refused("local Minari store", "minari list remote", dataset="nobody/nothing-v0")
+
+
+@pytest.mark.parametrize("key", ["observations", "actions", "rewards", "terminals"])
+def test_hdf5_without_a_needed_key(refused, pendulum_columns, tmp_path, key):
+    path = write_file(tmp_path / "d.hdf5", {k: v for k, v in pendulum_columns.items() if k != key})
+    refused(f"has no '{key}'", str(path), dataset=str(path))
+
+
+def test_damaged_hdf5(refused, pendulum_columns, tmp_path):
+    columns = dict(pendulum_columns)
+    refused("'next_observations' nor 'timeouts'", dataset=str(write_file(tmp_path / "a.hdf5", {k: columns[k] for k in list(columns)[:3] + ["terminals"]})))
+    refused("different lengths", "rewards 100", dataset=str(write_file(tmp_path / "b.hdf5", columns | {"rewards": columns["rewards"][:100]})))
+    for value in (np.nan, np.inf):
+        bad = columns["observations"].copy()
+        bad[7, 1] = value
+        refused("NaN or infinity in 'observations'", dataset=str(write_file(tmp_path / "c.hdf5", columns | {"observations": bad})))
+    refused("of type", "write numbers", dataset=str(write_file(tmp_path / "d.hdf5", columns | {"rewards": np.full(5_000, b"x")})))
+    (tmp_path / "e.hdf5").write_text("not HDF5")
+    refused("cannot be read as HDF5", "e.hdf5", dataset=str(tmp_path / "e.hdf5"))
+    (tmp_path / "f.hdf5").write_bytes(write_file(tmp_path / "g.hdf5", columns).read_bytes()[:5_000])
+    refused("cannot be read as HDF5", "f.hdf5", dataset=str(tmp_path / "f.hdf5"))
+
+
+def test_data_of_another_environment(refused, pendulum_columns, pendulum_file, tmp_path):
+    refused("observations have shape (4,)", "(11,)", env_id="Hopper-v5", dataset=str(pendulum_file))
+    two = write_file(tmp_path / "two.hdf5", pendulum_columns | {"actions": np.zeros((5_000, 2), np.float32)})
+    refused("actions have shape (2,)", "(1,)", dataset=str(two))
+    following = write_file(tmp_path / "next.hdf5", pendulum_columns | {"next_observations": np.zeros((5_000, 5), np.float32)})
+    refused("next_observations have shape (5,)", dataset=str(following))
+    refused("--batch-size 5001", "5000 transitions", dataset=str(pendulum_file), batch_size=5_001)
+
+
+@pytest.mark.parametrize(
+    "words, arguments",
+    [
+        (["--n-tau is 40", "less than --online-steps (40)"], dict(n_tau=40)),
+        (["--n-tau is 41"], dict(n_tau=41)),
+        (["--n-tau is 0"], dict(n_tau=0)),
+        (["--n-tau is -1", "0 or more"], dict(n_tau=-1)),
+        (["--kappa-init is 1.5", "from 0 to 1"], dict(kappa_init=1.5)),
+        (["--kappa-end is -0.1", "from 0 to 1"], dict(kappa_end=-0.1)),
+        (["--kappa-end is nan"], dict(kappa_end=float("nan"))),
+        (["--kappa-decay is -5"], dict(kappa_decay=-5)),
+        (["--offline-steps is -1", "0 or more"], dict(offline_steps=-1)),
+        (["--online-steps is -1"], dict(online_steps=-1)),
+        (["--n-pretrain is -2"], dict(n_pretrain=-2)),
+        (["--seed is -1"], dict(seed=-1)),
+        (["--utd is 0", "1 or more"], dict(utd=0)),
+        (["--batch-size is 0"], dict(batch_size=0)),
+        (["--eval-episodes is 0"], dict(eval_episodes=0)),
+        (["--learning-rate is nan"], dict(learning_rate=float("nan"))),
+        (["--init-online-fraction is 1"], dict(init_online_fraction=1.0)),
+        (["--replay balanced", "--replay uniform"], dict(opt=False, replay="balanced")),
+        (["--replay symmetric", "even --batch-size"], dict(replay="symmetric", batch_size=7)),
+        (["--kappa-*", "--no-q-on"], dict(q_on=False, kappa_init=0.5)),
+        (["--kappa-*", "--no-opt"], dict(opt=False, kappa_end=0.5)),
+    ],
+)
+def test_arguments(refused, pendulum_file, words, arguments):
+    refused(*words, dataset=str(pendulum_file), **arguments)
+
+
+def test_cuda_without_cuda(refused, pendulum_file, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused("--device cuda", "--device cpu", dataset=str(pendulum_file), device="cuda")
+
+
+def test_run_folder_that_cannot_be_written(refused, pendulum_file, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused("cannot be written", "--run-dir", dataset=str(pendulum_file), run_dir=str(tmp_path / "file" / "run"))
+    refused("cannot be written", "--run-dir", dataset=str(pendulum_file), run_dir="/proc/run")
+
+
+def test_a_folder_that_holds_another_run(refused, pendulum_file, tmp_path, capsys):
+    arguments = dict(dataset=str(pendulum_file), run_dir=str(tmp_path / "run"))
+    td3_opt.train(Args(**TINY, **arguments))
+    capsys.readouterr()
+    refused("holds a run already", "--resume", "--run-dir", **arguments)
+    refused("--utd 5 (now 3)", "--gamma 0.99 (now 0.9)", resume=True, utd=3, gamma=0.9, **arguments)
+    other = str(write_file(tmp_path / "other.hdf5", {k: np.zeros_like(v) for k, v in pendulum_like().items()}))
+    refused("--dataset", resume=True, run_dir=arguments["run_dir"], dataset=other)
+
+
+def pendulum_like() -> dict[str, np.ndarray]:
+    shapes = dict(observations=(50, 4), actions=(50, 1), rewards=(50,), next_observations=(50, 4), terminals=(50,))
+    return {key: np.zeros(shape, np.float32) for key, shape in shapes.items()}
+
+
+def test_offline_from_another_run(refused, pendulum_file, tmp_path, capsys):
+    first = dict(dataset=str(pendulum_file), run_dir=str(tmp_path / "first"))
+    td3_opt.train(Args(**TINY, **first))
+    capsys.readouterr()
+    second = dict(dataset=str(pendulum_file), offline_from=first["run_dir"])
+    refused("--seed 0 (now 1)", seed=1, **second)
+    refused("--offline-steps 0 (now 3)", **(second | dict(offline_steps=3)))
+    refused("does not exist", dataset=str(pendulum_file), offline_from=str(tmp_path / "nothing"))
+    refused("other data", dataset=str(write_file(tmp_path / "other.hdf5", pendulum_like())), offline_from=first["run_dir"])
+    for damage in (b"", (tmp_path / "first" / "offline.pt").read_bytes()[:-1000]):
+        (tmp_path / "damaged.pt").write_bytes(damage)
+        refused("damaged.pt is damaged", dataset=str(pendulum_file), offline_from=str(tmp_path / "damaged.pt"))
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated"])
+def test_damaged_checkpoint(refused, pendulum_file, tmp_path, damage, capsys):
+    arguments = dict(dataset=str(pendulum_file), run_dir=str(tmp_path / "run"))
+    td3_opt.train(Args(**TINY, **arguments))
+    capsys.readouterr()
+    checkpoint = tmp_path / "run" / "checkpoint.pt"
+    content = checkpoint.read_bytes()
+    checkpoint.write_bytes(b"" if damage == "empty" else content[: len(content) // 2])
+    evals = (tmp_path / "run" / "evals.csv").read_bytes()
+    refused("checkpoint.pt is damaged", "delete it", resume=True, **arguments)
+    assert (tmp_path / "run" / "evals.csv").read_bytes() == evals
+
+
+def test_half_written_minari_dataset(refused, tmp_path, monkeypatch):
+    """Half of a dataset: the metadata is there, the data file is cut off."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "store"))
+    folder = tmp_path / "store" / "half" / "written-v0" / "data"
+    folder.mkdir(parents=True)
+    (folder / "main_data.hdf5").write_bytes(b"\x89HDF\r\n")
+    (folder / "metadata.json").write_text(json.dumps({"total_episodes": 3}))
+    refused("half/written-v0", "cannot be read", dataset="half/written-v0")

@@ -1,0 +1,192 @@
+"""Where data comes from, and what is read of it."""
+
+import hashlib
+import http.server
+import threading
+
+import gymnasium as gym
+import h5py
+import minari
+import numpy as np
+import pytest
+import td3_opt
+from conftest import roll_out, write_file
+
+
+@pytest.fixture(autouse=True)
+def empty_home(tmp_path, monkeypatch):
+    for name in ("XDG_CACHE_HOME", "D4RL_DATASET_DIR", "MINARI_DATASETS_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def small_columns(n: int = 12) -> dict[str, np.ndarray]:
+    """Episodes of 4, 3 and 5 steps: a terminal, a cut one, and the file's end."""
+    observations = np.arange(n, dtype=np.float32)[:, None] * [1.0, 10.0]
+    terminals, timeouts = np.zeros(n, bool), np.zeros(n, bool)
+    terminals[3], timeouts[6] = True, True
+    actions, rewards = np.linspace(-1, 1, n, dtype=np.float32)[:, None], np.arange(n, dtype=np.float32)
+    return dict(observations=observations, actions=actions, rewards=rewards, terminals=terminals, timeouts=timeouts)
+
+
+def test_without_next_observations_the_last_step_of_a_cut_episode_is_dropped(tmp_path):
+    data = td3_opt.read_hdf5(write_file(tmp_path / "d.hdf5", small_columns()))
+    assert data.rewards.tolist() == [0, 1, 2, 3, 4, 5, 7, 8, 9, 10]  # not 6 (cut) and 11 (the file's end)
+    assert data.terminals.tolist() == [0, 0, 0, 1, 0, 0, 0, 0, 0, 0]
+    alive = data.terminals == 0
+    np.testing.assert_array_equal(data.next_observations[alive, 0], data.observations[alive, 0] + 1)
+    assert all(column.dtype == np.float32 for column in data)
+
+
+def test_with_next_observations_every_step_stays_and_a_time_limit_is_no_terminal(tmp_path):
+    columns = small_columns()
+    columns["next_observations"] = columns["observations"] + 0.5
+    data = td3_opt.read_hdf5(write_file(tmp_path / "d.hdf5", columns))
+    np.testing.assert_array_equal(data.next_observations, columns["next_observations"])
+    assert data.terminals.tolist() == columns["terminals"].astype(float).tolist() and len(data.rewards) == 12
+
+
+def test_regenerated_random_data_is_d4rls_recipe_and_the_same_on_any_number_of_cores(tmp_path, monkeypatch):
+    monkeypatch.setattr(td3_opt, "RANDOM_CHUNK", 1_500)
+    paths = []
+    for name, cores in (("a", {0}), ("b", {0, 1}), ("c", {0, 1})):
+        monkeypatch.setattr(td3_opt.os, "sched_getaffinity", lambda pid, cores=cores: cores)
+        paths.append(tmp_path / f"{name}.hdf5")
+        td3_opt.regenerate_random("hopper-random-v2", paths[-1], progress=False, seed=int(name == "c"), steps=4_000)
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+    assert digests[0] == digests[1] != digests[2]
+    with h5py.File(paths[0]) as file:
+        columns = {key: file[key][()] for key in file}
+    assert sorted(columns) == sorted([*td3_opt.Dataset._fields, "timeouts"]) and len(columns["rewards"]) == 4_000
+    assert np.abs(columns["actions"]).max() <= 1 and np.abs(columns["actions"].mean(0)).max() < 0.05
+    assert columns["actions"].std(0) == pytest.approx([1 / 3**0.5] * 3, rel=0.03)
+    ends = columns["terminals"] | columns["timeouts"]
+    inside = ~ends[:-1]
+    np.testing.assert_array_equal(columns["next_observations"][:-1][inside], columns["observations"][1:][inside])
+    assert np.flatnonzero(columns["timeouts"]).tolist() == [1_499, 2_999, 3_999]  # hopper falls long before 1000 steps
+    assert not (columns["terminals"] & columns["timeouts"]).any()
+    # the same actions in Gymnasium's own environment give the same numbers
+    env = gym.make("Hopper-v5")
+    observation, _ = env.reset(seed=int(np.random.SeedSequence(0).generate_state(3)[0]))
+    for t in range(int(np.flatnonzero(ends)[0]) + 1):
+        np.testing.assert_array_equal(columns["observations"][t], observation.astype(np.float32))
+        observation, reward, terminated, _, _ = env.step(columns["actions"][t])
+        assert columns["rewards"][t] == np.float32(reward) and columns["terminals"][t] == terminated
+
+
+def test_halfcheetah_chunks_end_with_whole_episodes():
+    assert td3_opt.RANDOM_STEPS == 1_000_000 and td3_opt.RANDOM_STEPS % td3_opt.RANDOM_CHUNK == 0 == td3_opt.RANDOM_CHUNK % 1_000
+
+
+def test_first_hit_wins(tmp_path, monkeypatch):
+    """--dataset, then D4RL's cache, then the scripts' own, then regeneration."""
+    monkeypatch.setattr(td3_opt, "regenerate_random", lambda env_id, path, progress: write_file_with_reward(path, 4))
+
+    def write_file_with_reward(path, reward):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        columns = small_columns()
+        columns["rewards"][:] = reward
+        return write_file(path, columns)
+
+    def first_reward(dataset=None):
+        return td3_opt.load_dataset("hopper-random-v2", dataset, progress=False).rewards[0]
+
+    own = tmp_path / ".cache" / "opt-datasets" / "hopper-random-v2.hdf5"
+    assert td3_opt.cache_path("hopper-random-v2") == own
+    assert first_reward() == 4 and own.exists()
+    write_file_with_reward(own, 3)
+    assert first_reward() == 3
+    write_file_with_reward(tmp_path / ".d4rl" / "datasets" / "hopper_random-v2.hdf5", 2)
+    assert first_reward() == 2
+    assert first_reward(str(write_file_with_reward(tmp_path / "mine.hdf5", 1))) == 1
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert td3_opt.cache_path("x").parent == tmp_path / "xdg" / "opt-datasets"
+
+
+@pytest.mark.parametrize("kind, name", [("medium-replay", "medium_replay"), ("medium-expert", "medium_expert"), ("full-replay", "full_replay")])
+def test_d4rls_files_are_found_under_their_names(tmp_path, kind, name):
+    folder = tmp_path / ".d4rl" / "datasets"
+    folder.mkdir(parents=True)
+    write_file(folder / f"walker2d_{name}-v2.hdf5", small_columns())
+    assert len(td3_opt.load_dataset(f"walker2d-{kind}-v2", progress=False).rewards) == 10
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """D4RL's server, on this machine."""
+    folder = tmp_path / "server"
+    folder.mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(folder))
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        monkeypatch.setattr(td3_opt, "D4RL_URL", f"http://127.0.0.1:{httpd.server_port}/")
+        yield folder
+        httpd.shutdown()
+
+
+def test_download_into_the_cache(server):
+    write_file(server / "hopper_medium-v2.hdf5", small_columns())
+    assert len(td3_opt.load_dataset("hopper-medium-v2", progress=False).rewards) == 10
+    (server / "hopper_medium-v2.hdf5").unlink()
+    assert len(td3_opt.load_dataset("hopper-medium-v2", progress=False).rewards) == 10  # from the cache
+
+
+def test_no_data_anywhere_names_the_three_ways(server, capsys, tmp_path):
+    with pytest.raises(SystemExit) as error:
+        td3_opt.load_dataset("hopper-expert-v2", progress=False)
+    message = capsys.readouterr().err
+    assert error.value.code == 2 and message.count("\n") == 1
+    for way in (str(tmp_path / ".d4rl" / "datasets" / "hopper_expert-v2.hdf5"), "--dataset", td3_opt.D4RL_URL):
+        assert way in message
+    assert not list((tmp_path / ".cache" / "opt-datasets").iterdir())
+
+
+def collect_minari(dataset_id: str, env: gym.Env, steps: int = 300):
+    env = minari.DataCollector(env)
+    columns = roll_out(env, steps, seed=0)
+    env.create_dataset(dataset_id=dataset_id, algorithm_name="random", author="test", author_email="test@example.org", code_permalink="none")
+    env.close()
+    return columns
+
+
+def test_minari_dataset_is_read_once_and_read_anew_when_it_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "store"))
+    columns = collect_minari("test/pendulum-v0", gym.make("InvertedPendulum-v5"))
+    first = td3_opt.load_dataset("InvertedPendulum-v5", "test/pendulum-v0", progress=False)
+    for key in td3_opt.Dataset._fields:
+        np.testing.assert_array_equal(getattr(first, key), columns[key].astype(np.float32))
+    assert td3_opt.cache_path("minari--test/pendulum-v0").exists()
+    monkeypatch.setattr(td3_opt.minari, "load_dataset", lambda *_: pytest.fail("the flat copy was not used"))
+    second = td3_opt.load_dataset("InvertedPendulum-v5", "test/pendulum-v0", progress=False)
+    np.testing.assert_array_equal(first.observations, second.observations)
+    monkeypatch.undo()
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "store"))
+    minari.delete_dataset("test/pendulum-v0")
+    collect_minari("test/pendulum-v0", gym.make("InvertedPendulum-v5"), steps=200)
+    assert len(td3_opt.load_dataset("InvertedPendulum-v5", "test/pendulum-v0", progress=False).rewards) == 200
+
+
+def test_environments_are_d4rls():
+    assert td3_opt.make_env("hopper-medium-v2").spec.id == "Hopper-v5"
+    walker = td3_opt.make_env("walker2d-random-v2")
+    assert walker.spec.kwargs["xml_file"] == "walker2d.xml" and walker.spec.max_episode_steps == 1_000
+    # in D4RL's Walker2d-v2 both feet rub alike (0.9); in the v5 model the left one differs (1.9)
+    model = walker.unwrapped.model
+    assert model.geom("foot_geom").friction[0] == model.geom("foot_left_geom").friction[0] == pytest.approx(0.9)
+
+
+def test_actions_are_scaled_in_data_and_environment_alike():
+    """InvertedPendulum takes forces in [-3, 3]."""
+    env, plain = td3_opt.make_env("InvertedPendulum-v5"), gym.make("InvertedPendulum-v5")
+    assert env.action_space.low == -1 and env.action_space.high == 1
+    env.reset(seed=0), plain.reset(seed=0)
+    scaled = td3_opt.scale_actions(np.array([[1.5]], np.float32), "InvertedPendulum-v5")
+    assert scaled.tolist() == [[0.5]]
+    np.testing.assert_allclose(env.step(scaled[0])[0], plain.step(np.array([1.5], np.float32))[0], rtol=1e-6)

@@ -1,0 +1,210 @@
+"""Replay: the table of both buffers, the sum tree against a naive one, the density ratio against a known one."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+import td3_opt
+import torch
+from td3_opt import BalancedReplay, Dataset, ReplayBuffer, SumTree
+
+CPU = torch.device("cpu")
+
+
+def dataset(n: int, observation_dim: int = 3, action_dim: int = 2, seed: int = 0) -> Dataset:
+    rng = np.random.default_rng(seed)
+    columns = (rng.standard_normal((n, observation_dim)), rng.uniform(-1, 1, (n, action_dim)), rng.standard_normal(n))
+    columns += (rng.standard_normal((n, observation_dim)), rng.uniform(size=n) < 0.1)
+    return Dataset(*(np.asarray(column, np.float32) for column in columns))
+
+
+def fill_online(buffer: ReplayBuffer, data: Dataset) -> list[int]:
+    return [buffer.add(*(column[i] for column in data)) for i in range(len(data.rewards))]
+
+
+def test_rows_come_back_as_they_were_stored_and_the_ring_wraps_around():
+    offline, online = dataset(10), dataset(7, seed=1)
+    buffer = ReplayBuffer(offline, online_capacity=5, device=CPU)
+    assert fill_online(buffer, online) == [10, 11, 12, 13, 14, 10, 11]
+    for column, stored in zip(offline, buffer[torch.arange(10)], strict=True):
+        np.testing.assert_array_equal(stored, column)
+    for column, stored in zip(online, buffer[torch.tensor([10, 11, 12, 13, 14])], strict=True):
+        np.testing.assert_array_equal(stored, column[[5, 6, 2, 3, 4]])
+
+
+def test_uniform_samplers_reach_every_row_of_their_buffer_and_no_other():
+    buffer = ReplayBuffer(dataset(10), online_capacity=20, device=CPU)
+    fill_online(buffer, dataset(5))
+    torch.manual_seed(0)
+    n = 30_000
+    expected = {"offline": range(10), "online": range(10, 15), "uniform": range(15)}
+    for name, rows in expected.items():
+        counts = np.bincount(getattr(buffer, f"sample_{name}")(n), minlength=30)
+        assert counts[list(rows)].sum() == n
+        assert scipy.stats.chisquare(counts[list(rows)]).pvalue > 0.001
+    symmetric = buffer.sample_symmetric(256)
+    assert (symmetric < 10).sum() == 128 == ((symmetric >= 10) & (symmetric < 15)).sum()
+
+
+@pytest.mark.parametrize("size", [1, 100, 129, 1_000, 16_385])
+def test_sum_tree_draws_proportionally(size):
+    rng = np.random.default_rng(size)
+    priorities = rng.gamma(0.3, size=size)  # over several orders of magnitude
+    priorities[rng.uniform(size=size) < 0.1] = 0
+    priorities[size // 2] = 1.0
+    tree = SumTree(size, CPU)
+    tree.set(torch.arange(size), torch.from_numpy(priorities))
+    torch.manual_seed(size)
+    counts = np.bincount(np.concatenate([tree.sample(100_000) for _ in range(10)]), minlength=size)
+    assert counts.shape == (size,) and counts.sum() == 1_000_000
+    assert (counts[priorities == 0] == 0).all()
+    expected = priorities / priorities.sum() * 1_000_000
+    rare = expected < 10  # chi-square wants 5 or more expected in a cell: one cell for the rare ones
+    if rare.any():
+        counts, expected = np.append(counts[~rare], counts[rare].sum()), np.append(expected[~rare], expected[rare].sum())
+        if expected[-1] < 5:
+            counts, expected = counts[:-1], expected[:-1] * counts[:-1].sum() / expected[:-1].sum()
+    assert len(counts) == 1 or scipy.stats.chisquare(counts, expected).pvalue > 0.001
+
+
+def test_sum_tree_never_draws_an_empty_leaf():
+    """The leaves behind the last filled one have priority 0, next to the largest priorities that occur."""
+    tree = SumTree(1_000, CPU)
+    tree.set(torch.arange(300), torch.full((300,), 1e3))
+    tree.set(torch.tensor([299]), torch.tensor([1e-3]))
+    torch.manual_seed(0)
+    assert max(tree.sample(10_000).max() for _ in range(20)) < 300
+
+
+def test_sum_tree_equals_a_naive_one_after_many_updates_with_repeated_indices():
+    size, rng = 1_037, np.random.default_rng(0)
+    tree, naive = SumTree(size, CPU), np.zeros(size)
+    for _ in range(1_000):
+        leaves, priorities = rng.integers(0, size, 100), rng.uniform(1e-3, 1e3, 100)
+        leaves[50:60] = leaves[:10]  # on top of the repetitions by chance
+        tree.set(torch.from_numpy(leaves), torch.from_numpy(priorities))
+        for leaf, priority in zip(leaves, priorities, strict=True):
+            naive[leaf] = priority
+    np.testing.assert_array_equal(tree.leaves.view(-1)[:size], naive)
+    padded = np.zeros(tree.leaves.numel())
+    padded[:size] = naive
+    np.testing.assert_allclose(tree.nodes, padded.reshape(tree.leaves.shape).sum(1), rtol=1e-12)
+    # the draw at a given point is the naive one's: first leaf whose cumulative sum is larger
+    torch.manual_seed(1)
+    drawn = tree.sample(5_000)
+    torch.manual_seed(1)
+    points = torch.rand(5_000, dtype=torch.float64).numpy() * naive.sum()
+    np.testing.assert_array_equal(drawn, np.searchsorted(np.cumsum(naive), points, side="right"))
+
+
+def test_density_ratio_loss_by_hand():
+    """w = 1 everywhere: -log 1 - log 1 = 0. w = 3 offline, 1/3 online: -log(1/2) - log(1/2)."""
+    one = torch.ones(4)
+    assert td3_opt.density_ratio_loss(one, one).item() == pytest.approx(0, abs=1e-6)
+    assert td3_opt.density_ratio_loss(3 * one, one / 3).item() == pytest.approx(2 * math.log(2), rel=1e-6)
+
+
+def gaussian_replay(n: int = 50_000) -> BalancedReplay:
+    """B_off ~ N(0, 1), B_on ~ N(0.7, 0.8^2) in the first coordinate of the state; all else is constant."""
+    rng = np.random.default_rng(0)
+
+    def columns(mean, std):
+        observations = np.stack([rng.normal(mean, std, n), np.zeros(n)], 1).astype(np.float32)
+        return Dataset(observations, np.zeros((n, 1), np.float32), np.zeros(n, np.float32), observations, np.zeros(n, np.float32))
+
+    buffer = ReplayBuffer(columns(0.0, 1.0), n, CPU)
+    online = columns(0.7, 0.8)
+    buffer.rows[n:] = torch.from_numpy(np.hstack([c.reshape(n, -1) for c in online]))
+    buffer.added = buffer.n_online = n
+    buffer.online_size.fill_(n)
+    torch.manual_seed(0)
+    return BalancedReplay(buffer, 256, CPU)
+
+
+def test_density_ratio_recovers_the_ratio_of_two_gaussians():
+    replay = gaussian_replay()
+    replay.start(0.5)
+    for step in range(4_000):
+        rows = replay.tree.sample(256)
+        replay.update(rows, replay.buffer[rows])
+        if step == 2_000:
+            for group in replay.optimizer.param_groups:
+                group["lr"] = 3e-5  # so that the last iterate is not blurred by its own noise
+    x = torch.linspace(-1.0, 1.5, 51)
+    with torch.no_grad():
+        ratio = replay.ratio(torch.stack([x, torch.zeros(51)], 1), torch.zeros(51, 1))[0].relu()
+    expected = scipy.stats.norm.pdf(x, 0.7, 0.8) / scipy.stats.norm.pdf(x, 0.0, 1.0)
+    error = np.abs(ratio.numpy() / expected - 1)
+    assert error.max() < 0.15, error.max()
+
+
+def test_priorities_after_an_update():
+    """w^(1/5) / mean_off w^(1/5), between 1e-3 and 1e3, for the rows just used; all other priorities stay."""
+    replay = gaussian_replay(1_000)
+    replay.start(0.5)
+    before = replay.tree.leaves.view(-1).clone()
+    rows = torch.tensor([3, 1_005, 3, 1_999])
+    batch = replay.buffer[rows]
+    torch.manual_seed(5)
+    uniform = replay.buffer[torch.cat([replay.buffer.sample_offline(256), replay.buffer.sample_online(256)])]
+    with torch.no_grad():
+        mean_offline = replay.ratio(uniform.observations[:256], uniform.actions[:256])[0].relu().double().pow(0.2).mean()
+    torch.manual_seed(5)
+    replay.update(rows, batch)
+    with torch.no_grad():
+        expected = (replay.ratio(batch.observations, batch.actions)[0].relu().double().pow(0.2) / mean_offline).clamp(1e-3, 1e3)
+    after = replay.tree.leaves.view(-1)
+    torch.testing.assert_close(after[rows], expected, rtol=1e-5, atol=0)
+    changed = torch.ones(len(after), dtype=torch.bool).index_fill(0, rows, False)
+    assert torch.equal(after[changed], before[changed])
+
+
+def test_the_density_ratio_starts_at_one():
+    replay = gaussian_replay(1_000)
+    assert replay.ratio.layers[2].bias.item() == 1
+    assert [tuple(layer.weight.shape) for layer in replay.ratio.layers] == [(1, 3, 256), (1, 256, 256), (1, 256, 1)]
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.8])
+def test_initial_online_share(fraction):
+    buffer = ReplayBuffer(dataset(20_000), 3_000, CPU)
+    fill_online(buffer, dataset(700, seed=1))
+    replay = BalancedReplay(buffer, 256, CPU)
+    replay.start(fraction)
+    torch.manual_seed(0)
+    rows = replay.tree.sample(100_000)
+    assert rows.max() < 20_700
+    assert (rows >= 20_000).double().mean().item() == pytest.approx(fraction, abs=0.02 * fraction)
+
+
+def test_later_transitions_enter_at_the_largest_priority_seen():
+    buffer = ReplayBuffer(dataset(2_000), 5, CPU)
+    fill_online(buffer, dataset(4, seed=1))
+    replay = BalancedReplay(buffer, 16, CPU)
+    replay.start(0.5)  # online ones at 2000 / 4
+    for value in dataset(3, seed=2).rewards:  # the last two wrap around
+        row = buffer.add(np.zeros(3), np.zeros(2), value, np.zeros(3), 0)
+        replay.add(row)
+        assert replay.tree.leaves.view(-1)[row] == 500
+    replay.largest.fill_(700.0)
+    replay.add(2_001)
+    assert replay.tree.leaves.view(-1)[2_001] == 700
+    assert replay.tree.nodes.sum().item() == pytest.approx(replay.tree.leaves.sum().item())
+
+
+def test_the_largest_priority_follows_the_updates():
+    replay = gaussian_replay(1_000)
+    replay.start(0.01)  # the largest at the start is 1
+    assert replay.largest == 1
+    with torch.no_grad():
+        replay.ratio.layers[2].bias.fill_(0.0)
+        replay.ratio.layers[2].weight.fill_(0.0)
+    rows = torch.tensor([1])
+    replay.update(rows, replay.buffer[rows])  # a dead network: 0 / (0 + 1e-10), clamped
+    assert replay.tree.leaves.view(-1)[1].item() == pytest.approx(1e-3) and replay.largest == 1
+    replay.largest.fill_(0.5)
+    with torch.no_grad():
+        replay.ratio.layers[2].bias.fill_(2.0)
+    replay.update(rows, replay.buffer[rows])
+    assert replay.largest == replay.tree.leaves.view(-1)[1] and 0.9 < replay.largest < 1.1
