@@ -8,16 +8,20 @@ TD3 (Fujimoto et al. 2018) online; balanced replay is that of Off2On (Lee et al.
 [choice] decides something on which the paper is silent.
 """
 
+import contextlib
 import copy
 import csv
 import ctypes
 import difflib
+import importlib
 import importlib.metadata
+import io
 import json
 import math
 import multiprocessing
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,7 +131,7 @@ class Args:
     offline_from: str | None = None
     """start at phase 2 from the offline.pt of another run (its folder or the file) of the same task and seed"""
     checkpoint_freq: int = 50_000
-    """gradient steps between checkpoints (environment steps while collecting); 0: only on Ctrl-C or SIGTERM and at the end"""
+    """gradient steps (while collecting, environment steps) between checkpoints; 0: only on Ctrl-C or SIGTERM"""
     resume: bool = False
     """go on from the run folder's checkpoint; from the beginning where there is none yet"""
     save_model: bool = True
@@ -147,8 +151,13 @@ class Args:
 PROGRAM = Path(__file__).name
 
 
+def brief(error: BaseException) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
 def bad_input(message: str) -> SystemExit:
-    """The exit (status 2) for something the user can mend: one line that says what is wrong and what to write instead."""
+    """Exit status 2 for what the user can mend, with one line that says what is wrong and what to write instead."""
     print(f"{PROGRAM}: {message}", file=sys.stderr)
     return SystemExit(2)
 
@@ -165,7 +174,7 @@ KAPPA_SCHEDULES = {
 
 
 def kappa_schedule(env_id: str, online_steps: int) -> tuple[float, int, float]:
-    """Table 15's row for a task as (kappa_init, T_decay, kappa_end); for any other task 0.1 to 0.9 over half the online steps [choice]."""
+    """Table 15's (kappa_init, T_decay, kappa_end); for any other task 0.1 to 0.9 over half of online_steps [choice]."""
     task = env_id.rsplit("-v", 1)[0]
     domain, _, kind = task.partition("-")
     if domain in MUJOCO_ENVS and kind in ("random", "medium", "medium-replay"):
@@ -186,34 +195,36 @@ def resolve(args: Args) -> Args:
     args.replay = args.replay or ("balanced" if args.opt else "uniform")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    paper = kappa_schedule(args.env_id, args.online_steps) if args.q_on else (0.0, 0, 0.0)
+    with_q_on = args.opt and args.q_on
+    paper = kappa_schedule(args.env_id, args.online_steps) if with_q_on else (0.0, 0, 0.0)
     given = (args.kappa_init, args.kappa_decay, args.kappa_end)
-    if not (args.opt and args.q_on) and any(value is not None for value in given):
+    if not with_q_on and any(value is not None for value in given):
         raise bad_input("--kappa-* weight Q_on, which --no-opt and --no-q-on do without: leave them out")
-    args.kappa_init, args.kappa_decay, args.kappa_end = (p if g is None else g for p, g in zip(paper, given, strict=True))
+    args.kappa_init, args.kappa_decay, args.kappa_end = (
+        p if g is None else g for p, g in zip(paper, given, strict=True)
+    )
 
-    for name in ("seed", "offline_steps", "online_steps", "n_tau", "n_pretrain", "kappa_decay", "eval_freq", "checkpoint_freq"):
-        if getattr(args, name) < 0:
-            raise bad_input(f"--{name.replace('_', '-')} is {getattr(args, name)}: write 0 or more")
-    for name in ("utd", "batch_size", "policy_frequency", "eval_episodes"):
-        if getattr(args, name) < 1:
-            raise bad_input(f"--{name.replace('_', '-')} is {getattr(args, name)}: write 1 or more")
-    for name in ("kappa_init", "kappa_end", "gamma", "tau"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise bad_input(f"--{name.replace('_', '-')} is {getattr(args, name)}: write a number from 0 to 1")
-    if not 0 < args.init_online_fraction < 1:
-        raise bad_input(f"--init-online-fraction is {args.init_online_fraction}: write a number between 0 and 1")
-    for name in ("learning_rate", "meta_lr"):
-        if not 0 < getattr(args, name) < math.inf:
-            raise bad_input(f"--{name.replace('_', '-')} is {getattr(args, name)}: write a positive number")
+    counts = "seed offline_steps online_steps n_tau n_pretrain kappa_decay eval_freq checkpoint_freq"
+    bounds = {
+        "0 or more": (counts, lambda x: x >= 0),
+        "1 or more": ("utd batch_size policy_frequency eval_episodes", lambda x: x >= 1),
+        "a number from 0 to 1": ("kappa_init kappa_end gamma tau", lambda x: 0 <= x <= 1),
+        "a number between 0 and 1": ("init_online_fraction", lambda x: 0 < x < 1),
+        "a positive number": ("learning_rate meta_lr bc_alpha", lambda x: 0 < x < math.inf),
+        "a number, 0 or more": ("policy_noise noise_clip exploration_noise", lambda x: 0 <= x < math.inf),
+    }
+    for allowed, (names, holds) in bounds.items():
+        for name in names.split():
+            if not holds(getattr(args, name)):
+                raise bad_input(f"--{name.replace('_', '-')} is {getattr(args, name)}: write {allowed}")
     if args.opt and not 0 < args.n_tau < args.online_steps:
-        raise bad_input(f"--n-tau is {args.n_tau}: write 1 or more, and less than --online-steps ({args.online_steps}), which include them")
+        raise bad_input(f"--n-tau is {args.n_tau}: write 1 or more, and less than --online-steps ({args.online_steps})")
     if args.replay == "balanced" and not args.opt:
-        raise bad_input("--replay balanced starts from the n_tau transitions that only OPT collects: write --replay uniform, or leave out --no-opt")
+        raise bad_input("--replay balanced starts from what only OPT collects: write --replay uniform with --no-opt")
     if args.replay == "symmetric" and args.batch_size % 2:
-        raise bad_input(f"--replay symmetric takes half of a batch from each buffer: write an even --batch-size, not {args.batch_size}")
+        raise bad_input("--replay symmetric takes half a batch from each buffer: write an even --batch-size")
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise bad_input("--device cuda, but this PyTorch finds no CUDA device: write --device cpu, or install a CUDA build of torch")
+        raise bad_input("--device cuda, but torch finds no CUDA device: write --device cpu, or install a CUDA build")
     return args
 
 
@@ -254,11 +265,12 @@ REFERENCE_RETURNS = {
     "relocate": (-6.425911, 4233.877797728884),
 }
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"
-RANDOM_STEPS, RANDOM_CHUNK = 1_000_000, 25_000  # D4RL's size; steps regenerated at a time, each chunk from a seed of its own
+RANDOM_STEPS = 1_000_000  # D4RL's size
+RANDOM_CHUNK = 25_000  # steps that one process regenerates at a time, from a seed of their own
 
 
 def normalized_score(env_id: str, episode_return: float) -> float:
-    """D4RL's score: 0 is its random policy's return, 100 its expert's. NaN for an environment that D4RL has no reference for."""
+    """D4RL's score: 0 for its random policy's return, 100 for its expert's; NaN where D4RL has no reference."""
     env = env_id.split("-")[0]
     if env not in REFERENCE_RETURNS or not env_id[len(env) :].startswith("-"):
         return math.nan
@@ -270,29 +282,34 @@ def check_env_id(env_id: str, dataset: str | None) -> None:
     """Exit 2 unless `env_id` is a task whose data is known, or a Gymnasium id with a dataset of its own."""
     if env_id in MUJOCO_TASKS:
         return
-    if env_id not in gym.registry:
-        try:
-            import gymnasium_robotics
-
-            gym.register_envs(gymnasium_robotics)
-        except ImportError:
-            pass
-    if env_id not in gym.registry:
-        near = difflib.get_close_matches(env_id, [*MUJOCO_TASKS, *gym.registry], n=3, cutoff=0.5) or MUJOCO_TASKS[:3]
+    module, _, name = env_id.rpartition(":")  # "my_module:MyEnv-v0", as in gym.make
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # Farama's notices of other environments
+            importlib.import_module(module or "gymnasium_robotics")  # importing it registers its environments
+    except ImportError as error:
+        if module:
+            raise bad_input(f"--env-id {env_id}: {brief(error)}: write a module that can be imported") from None
+    if name not in gym.registry:
+        near = difflib.get_close_matches(name, [*MUJOCO_TASKS, *gym.registry], n=3, cutoff=0.5) or MUJOCO_TASKS[:3]
         raise bad_input(f"unknown --env-id {env_id!r}: did you mean {', '.join(near)}?")
     if dataset is None:
-        raise bad_input(f"--env-id {env_id} has no D4RL dataset: give one with --dataset (a D4RL-style .hdf5 file or a Minari id)")
+        raise bad_input(f"--env-id {env_id} has no D4RL data: give --dataset, a D4RL-style .hdf5 file or a Minari id")
 
 
 def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
-    """The environment of a task, its actions scaled to [-1, 1]. Exit 2 if its observations or actions are not vectors."""
+    """The environment of a task, its actions scaled to [-1, 1]. Exit 2 unless observations and actions are vectors."""
     name, kwargs = MUJOCO_ENVS[env_id.split("-")[0]] if env_id in MUJOCO_TASKS else (env_id, {})
-    env = gym.make(name, render_mode=render_mode, **kwargs)
+    try:
+        env = gym.make(name, render_mode=render_mode, **kwargs)
+    except gym.error.Error as error:  # a package that the environment needs is missing, for example
+        raise bad_input(f"--env-id {env_id} cannot be made ({brief(error)}): install what it needs") from None
     for what, space in (("observations", env.observation_space), ("actions", env.action_space)):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            raise bad_input(f"--env-id {env_id} has {type(space).__name__} {what}: write an environment whose {what} are a Box of one dimension")
+            raise bad_input(
+                f"--env-id {env_id} has {type(space).__name__} {what}: write one whose {what} are a flat Box"
+            )
     if not env.action_space.is_bounded():
-        raise bad_input(f"--env-id {env_id} has unbounded actions: write an environment whose action Box has finite bounds")
+        raise bad_input(f"--env-id {env_id} has unbounded actions: write one whose action Box has finite bounds")
     if (env.action_space.low == -1).all() and (env.action_space.high == 1).all():
         return env
     return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
@@ -325,34 +342,41 @@ def write_hdf5(path: Path, arrays: dict[str, np.ndarray], **attributes) -> None:
 
 
 def read_hdf5(path: Path) -> Dataset:
-    """Read a D4RL-style file. Without next_observations the next row is used, and the last step of a cut episode is dropped."""
+    """Read a D4RL-style file.
+
+    Without next_observations the next row is used, and the last step of a cut episode is dropped. Exit 2 if damaged.
+    """
     try:
         with h5py.File(path, "r") as file:
-            columns = {key: file[key][()] for key in ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts") if key in file}
-    except OSError as error:
-        raise bad_input(f"{path} cannot be read as HDF5 ({str(error).splitlines()[0]}): give a D4RL-style .hdf5 file") from None
+            columns = {key: np.asarray(file[key]) for key in (*Dataset._fields, "timeouts") if key in file}
+    except (OSError, TypeError) as error:
+        raise bad_input(f"{path} cannot be read as HDF5 ({brief(error)}): give a D4RL-style .hdf5 file") from None
     for key in ("observations", "actions", "rewards", "terminals"):
         if key not in columns:
-            raise bad_input(f"{path} has no '{key}': a D4RL-style file has observations, actions, rewards, terminals, and next_observations or timeouts")
+            needed = "observations, actions, rewards, terminals, and next_observations or timeouts"
+            raise bad_input(f"{path} has no '{key}': write a file with {needed}")
     if "next_observations" not in columns and "timeouts" not in columns:
-        raise bad_input(f"{path} has neither 'next_observations' nor 'timeouts': add one of them, so that the ends of cut episodes are known")
-    lengths = {key: len(column) for key, column in columns.items()}
-    if len(set(lengths.values())) > 1:
-        raise bad_input(f"{path} has columns of different lengths ({', '.join(f'{k} {n}' for k, n in lengths.items())}): make them equal")
+        raise bad_input(
+            f"{path} has neither 'next_observations' nor 'timeouts', which tell where episodes are cut: add one"
+        )
     for key, column in columns.items():
-        if not np.issubdtype(column.dtype, np.number) and column.dtype != bool:
+        if not (np.issubdtype(column.dtype, np.number) or column.dtype == bool):
             raise bad_input(f"{path} has '{key}' of type {column.dtype}: write numbers")
+        columns[key] = column = column.astype(np.float32)
         if not np.isfinite(column).all():
             raise bad_input(f"{path} has NaN or infinity in '{key}': remove those transitions")
-    size = lengths["observations"]
-    timeouts = columns.pop("timeouts", np.zeros(size)).reshape(-1).astype(bool)
-    columns = {key: np.asarray(column, np.float32) for key, column in columns.items()}
-    for key in ("rewards", "terminals"):
-        columns[key] = columns[key].reshape(-1)
+        if key in ("rewards", "terminals", "timeouts"):
+            columns[key] = column.reshape(-1)
+    lengths = {key: column.shape[0] if column.ndim else 0 for key, column in columns.items()}
+    if len(set(lengths.values())) > 1:
+        counts = ", ".join(f"{key} {length}" for key, length in lengths.items())
+        raise bad_input(f"{path} has columns of different lengths ({counts}): make them equal")
+    timeouts = columns.pop("timeouts", None)
     if "next_observations" not in columns:
-        keep = (columns["terminals"] > 0) | ~timeouts
-        keep[-1:] &= columns["terminals"][-1:] > 0  # the file's last row has no successor
-        columns["next_observations"] = np.roll(columns["observations"], -1, axis=0)  # behind a terminal nobody looks at it
+        terminal = columns["terminals"] > 0
+        keep = terminal | (timeouts == 0)
+        keep[-1:] &= terminal[-1:]  # the file's last row has no successor
+        columns["next_observations"] = np.roll(columns["observations"], -1, axis=0)  # unused behind a terminal
         columns = {key: column[keep] for key, column in columns.items()}
     return Dataset(**columns)
 
@@ -371,19 +395,24 @@ def random_chunk(env_id: str, seed: int, steps: int) -> dict[str, np.ndarray]:
     env.close()
     columns = [np.asarray(column) for column in zip(*rows, strict=True)]
     columns[5][-1] = not columns[4][-1]
-    keys = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
-    return {key: column.astype(bool if key in ("terminals", "timeouts") else np.float32) for key, column in zip(keys, columns, strict=True)}
+    types = (np.float32,) * 4 + (bool,) * 2
+    keys = (*Dataset._fields, "timeouts")
+    return {key: column.astype(kind) for key, column, kind in zip(keys, columns, types, strict=True)}
 
 
 def regenerate_random(env_id: str, path: Path, progress: bool = True, seed: int = 0, steps: int = RANDOM_STEPS) -> None:
-    """Write a *-random-v2 set by D4RL's recipe: uniform actions, episodes cut at 1000 steps. The same bytes on any number of cores."""
+    """Write a *-random-v2 set by D4RL's recipe: uniform actions, episodes cut at 1000 steps.
+
+    A seed gives the same bytes on any number of cores.
+    """
     sizes = [min(RANDOM_CHUNK, steps - start) for start in range(0, steps, RANDOM_CHUNK)]
     seeds = [int(s) for s in np.random.SeedSequence(seed).generate_state(len(sizes))]
     chunks: list = [None] * len(sizes)
-    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(sizes))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    spawn, ignore = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process
     with (
         tqdm(total=steps, desc=f"regenerating {env_id}", unit="step", unit_scale=True, disable=not progress) as bar,
-        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool,
+        ProcessPoolExecutor(min(cores, len(sizes)), spawn, initializer=signal.signal, initargs=ignore) as pool,
     ):
         jobs = {pool.submit(random_chunk, env_id, *job): i for i, job in enumerate(zip(seeds, sizes, strict=True))}
         try:
@@ -403,7 +432,8 @@ def download(url: str, path: Path, progress: bool) -> None:
     try:
         with urllib.request.urlopen(url, timeout=20) as response, open(temporary, "wb") as file:
             total = int(response.headers.get("Content-Length") or 0)
-            with tqdm(total=total or None, desc=f"downloading {path.name}", unit="B", unit_scale=True, disable=not progress) as bar:
+            name = f"downloading {path.name}"
+            with tqdm(total=total or None, desc=name, unit="B", unit_scale=True, disable=not progress) as bar:
                 while block := response.read(1 << 20):
                     file.write(block)
                     bar.update(len(block))
@@ -415,40 +445,45 @@ def download(url: str, path: Path, progress: bool) -> None:
 
 
 def read_minari(dataset_id: str, progress: bool) -> Dataset:
-    """Read a Minari dataset (downloaded if it is not in the local store) and keep a flat copy: Minari reads a group an episode."""
-    root = Path(os.environ.get("MINARI_DATASETS_PATH") or "~/.minari/datasets").expanduser()
-    files = [p for p in (root / dataset_id / "data").glob("*") if p.is_file()]
-    if not files:
+    """Read a Minari dataset, downloaded if it is not in the local store.
+
+    A flat copy is kept in the cache, because Minari reads a group an episode; it is renewed when the dataset changes.
+    """
+    root = Path(os.environ.get("MINARI_DATASETS_PATH") or "~/.minari/datasets").expanduser() / dataset_id
+    if not (root / "data").is_dir():
         try:
             minari.download_dataset(dataset_id)
         except Exception as error:  # whatever the remote's client raises: without network, or for an unknown id
             raise bad_input(
-                f"--dataset {dataset_id} is neither a file nor in the local Minari store ({root}), and could not be downloaded "
-                f"({str(error).splitlines()[0] if str(error) else type(error).__name__}): write a path to an .hdf5 file or an id that `minari list remote` shows"
+                f"--dataset {dataset_id} is no file, not in the local Minari store ({root}), and could not be "
+                f"downloaded ({brief(error)}): write a path to an .hdf5 file, or an id that `minari list remote` shows"
             ) from None
-        files = [p for p in (root / dataset_id / "data").glob("*") if p.is_file()]
-    source = f"{root / dataset_id}: " + ", ".join(f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in sorted(files))
+    files = sorted(file for file in (root / "data").rglob("*") if file.is_file())
+    source = " ".join(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
     path = cache_path(f"minari--{dataset_id}")
     if path.exists():
         with h5py.File(path, "r") as file:
-            fresh = file.attrs.get("source") == source
+            fresh = file.attrs["source"] == source
         if fresh:
             return read_hdf5(path)
+    columns: dict[str, list] = {key: [] for key in (*Dataset._fields, "timeouts")}
     try:
-        dataset = minari.load_dataset(dataset_id)
-        columns: dict[str, list] = {key: [] for key in (*Dataset._fields, "timeouts")}
-        for episode in tqdm(dataset.iterate_episodes(), total=dataset.total_episodes, desc=f"reading {dataset_id}", unit="episode", disable=not progress):
+        episodes = minari.load_dataset(dataset_id)
+        bar = tqdm(episodes, total=len(episodes), desc=f"reading {dataset_id}", unit="episode", disable=not progress)
+        for episode in bar:
             if isinstance(episode.observations, dict) or isinstance(episode.actions, dict):
-                raise bad_input(f"--dataset {dataset_id} has dict observations or actions: write a dataset whose spaces are Boxes")
+                raise bad_input(
+                    f"--dataset {dataset_id} has dict observations or actions: write one whose spaces are Boxes"
+                )
             columns["observations"].append(np.asarray(episode.observations[:-1], np.float32))
             columns["next_observations"].append(np.asarray(episode.observations[1:], np.float32))
             columns["actions"].append(np.asarray(episode.actions, np.float32))
             columns["rewards"].append(np.asarray(episode.rewards, np.float32))
             columns["terminals"].append(np.asarray(episode.terminations, bool))
             columns["timeouts"].append(np.asarray(episode.truncations, bool))
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
+    except Exception as error:  # Minari has no error of its own for a dataset that is half written
         raise bad_input(
-            f"the Minari dataset {root / dataset_id} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}): delete it and download it again"
+            f"the Minari dataset {root} cannot be read ({brief(error)}): delete it and get it again"
         ) from None
     write_hdf5(path, {key: np.concatenate(parts) for key, parts in columns.items()}, source=source)
     return read_hdf5(path)
@@ -457,15 +492,17 @@ def read_minari(dataset_id: str, progress: bool) -> Dataset:
 def load_dataset(env_id: str, dataset: str | None = None, progress: bool = True) -> Dataset:
     """The offline data of a task.
 
-    First hit wins: `dataset` (a file or a Minari id), D4RL's cache, the scripts' cache, regeneration of a random set, D4RL's
-    server. Exit 2 where there is none, and for data that is damaged.
+    First hit wins: `dataset` (a file or a Minari id), D4RL's cache, the scripts' cache, regeneration of a random set,
+    D4RL's server. Exit 2 where there is none, and for data that is damaged.
     """
     if dataset is not None:
         path = Path(dataset).expanduser()
         if path.is_file():
             return read_hdf5(path)
         if path.suffix in (".hdf5", ".h5") or path.exists():
-            raise bad_input(f"--dataset {dataset} is not a file: write the path of a D4RL-style .hdf5 file, or a Minari id")
+            raise bad_input(
+                f"--dataset {dataset} is not a file: write the path of a D4RL-style .hdf5 file, or a Minari id"
+            )
         return read_minari(dataset, progress)
     name = env_id.removesuffix("-v2").replace("-", "_", 1).replace("-", "_") + "-v2.hdf5"
     d4rl_cache = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser() / name
@@ -480,21 +517,25 @@ def load_dataset(env_id: str, dataset: str | None = None, progress: bool = True)
             download(D4RL_URL + name, own_cache, progress)
     except OSError as error:
         raise bad_input(
-            f"no data for {env_id} ({error}). Three ways to get it: put D4RL's file at {d4rl_cache}; give --dataset FILE.hdf5 or a Minari id; "
-            f"or run once with network, to download {D4RL_URL}{name} to {own_cache}"
+            f"no data for {env_id} ({brief(error)}). Three ways to get it: put D4RL's file at {d4rl_cache}; "
+            f"give --dataset FILE.hdf5 or a Minari id; or run once with network, to download {D4RL_URL}{name}"
         ) from None
     return read_hdf5(own_cache)
 
 
 def check_dataset(dataset: Dataset, env: gym.Env, args: Args) -> None:
     """Exit 2 if the data does not fit the environment or is smaller than a batch."""
-    for key, space in (("observations", env.observation_space), ("next_observations", env.observation_space), ("actions", env.action_space)):
-        if getattr(dataset, key).shape[1:] != space.shape:
+    state, action = env.observation_space.shape, env.action_space.shape
+    for key, shape in {"observations": state, "next_observations": state, "actions": action}.items():
+        found = getattr(dataset, key).shape[1:]
+        if found != shape:
             raise bad_input(
-                f"the dataset's {key} have shape {getattr(dataset, key).shape[1:]}, those of {args.env_id} {space.shape}: give the --dataset of this environment"
+                f"the data's {key} have shape {found}, those of {args.env_id} {shape}: give its own --dataset"
             )
     if len(dataset.rewards) < args.batch_size:
-        raise bad_input(f"--batch-size {args.batch_size} is more than the dataset's {len(dataset.rewards)} transitions: write a smaller one")
+        raise bad_input(
+            f"--batch-size {args.batch_size} exceeds the data's {len(dataset.rewards)} transitions: lower it"
+        )
 
 
 # ======================================================================================================================
@@ -503,7 +544,7 @@ def check_dataset(dataset: Dataset, env: gym.Env, args: Args) -> None:
 
 
 class ReplayBuffer:
-    """B_off and B_on in one table on the training device, a row a transition: the offline ones, then a ring of online ones."""
+    """B_off and B_on in one table on the training device, a row a transition: offline ones, a ring of online ones."""
 
     def __init__(self, dataset: Dataset, online_capacity: int, device: torch.device):
         observation_dim, action_dim = dataset.observations.shape[1], dataset.actions.shape[1]
@@ -512,7 +553,9 @@ class ReplayBuffer:
         self.rows = torch.zeros(self.n_offline + online_capacity, sum(self.widths), device=device)
         for column, values in zip(self.rows[: self.n_offline].split(self.widths, 1), dataset, strict=True):
             column.copy_(torch.from_numpy(values).view(self.n_offline, -1))
-        self.online_size = torch.zeros((), dtype=torch.float64, device=device)  # on the device, so that a CUDA graph sees it grow
+        self.online_size = torch.zeros(
+            (), dtype=torch.float64, device=device
+        )  # on the device, so that a CUDA graph sees it grow
 
     def add(self, *transition) -> int:
         """Store one online transition (the fields of Dataset) over the oldest; returns its row."""
@@ -524,7 +567,9 @@ class ReplayBuffer:
         return row
 
     def __getitem__(self, rows: torch.Tensor) -> Dataset:
-        observations, actions, rewards, next_observations, terminals = self.rows.index_select(0, rows).split(self.widths, 1)
+        observations, actions, rewards, next_observations, terminals = self.rows.index_select(0, rows).split(
+            self.widths, 1
+        )
         return Dataset(observations, actions, rewards.squeeze(1), next_observations, terminals.squeeze(1))
 
     def sample_offline(self, n: int) -> torch.Tensor:
@@ -537,7 +582,9 @@ class ReplayBuffer:
 
     def sample_uniform(self, n: int) -> torch.Tensor:
         """n rows of the union of both, uniformly, with replacement."""
-        return (torch.rand(n, dtype=torch.float64, device=self.rows.device) * (self.n_offline + self.online_size)).long()
+        return (
+            torch.rand(n, dtype=torch.float64, device=self.rows.device) * (self.n_offline + self.online_size)
+        ).long()
 
     def sample_symmetric(self, n: int) -> torch.Tensor:
         """n/2 rows of B_off and n/2 of B_on (RLPD)."""
@@ -553,7 +600,7 @@ class ReplayBuffer:
 
 
 class SumTree:
-    """Draws leaves proportionally to their priorities: a wide tree of two levels, a node the sum of 128 leaves, in float64."""
+    """Draws leaves proportionally to their priorities: two levels, a node the sum of 128 leaves, in float64."""
 
     WIDTH = 128
 
@@ -580,7 +627,9 @@ class SumTree:
         node = torch.searchsorted(ends, point, right=True)
         point = point - (ends[node] - self.nodes[node])
         ends = self.leaves[node].cumsum(1)
-        point = point.clamp(min=0).minimum(ends[:, -1] * (1 - 1e-12))  # 1e-12: rounding must not lead past the last positive leaf
+        point = point.clamp(min=0).minimum(
+            ends[:, -1] * (1 - 1e-12)
+        )  # 1e-12: rounding must not lead past the last positive leaf
         return node * self.WIDTH + torch.searchsorted(ends, point.unsqueeze(1), right=True).squeeze(1)
 
     def state_dict(self) -> dict:
@@ -592,8 +641,10 @@ class SumTree:
 
 
 def density_ratio_loss(offline_ratio: torch.Tensor, online_ratio: torch.Tensor) -> torch.Tensor:
-    """Negative Jensen-Shannon bound, smallest where w is the density ratio online / offline (Lee et al. 2022; Off2On's 1e-10)."""
-    return (-torch.log(2 / (offline_ratio + 1) + 1e-10) - torch.log(2 * online_ratio / (online_ratio + 1) + 1e-10)).mean()
+    """Negative Jensen-Shannon bound, least where w is the density ratio online / offline (Lee et al. 2022)."""
+    return (
+        -torch.log(2 / (offline_ratio + 1) + 1e-10) - torch.log(2 * online_ratio / (online_ratio + 1) + 1e-10)
+    ).mean()
 
 
 class BalancedReplay:
@@ -612,9 +663,8 @@ class BalancedReplay:
     def start(self, online_fraction: float) -> None:
         """Priority 1 offline; online such that a share `online_fraction` of the first samples is online."""
         online = self.buffer.n_offline * online_fraction / ((1 - online_fraction) * self.buffer.n_online)
-        priorities = torch.ones(self.buffer.n_offline + self.buffer.n_online, dtype=torch.float64, device=self.largest.device)
-        priorities[self.buffer.n_offline :] = online
-        self.tree.fill(priorities)
+        sizes = torch.tensor([self.buffer.n_offline, self.buffer.n_online])
+        self.tree.fill(torch.tensor([1.0, online], dtype=torch.float64).repeat_interleave(sizes))
         self.largest.fill_(max(1.0, online))
 
     def add(self, row: int) -> None:
@@ -622,7 +672,7 @@ class BalancedReplay:
         self.tree.set(torch.tensor([row], device=self.largest.device), self.largest.view(1))
 
     def update(self, rows: torch.Tensor, batch: Dataset) -> torch.Tensor:
-        """One step of the density ratio on a uniform batch of each buffer, then new priorities for the rows just used; returns the loss."""
+        """A step of the density ratio on a uniform batch of each buffer, then new priorities for the rows used."""
         n = self.batch_size
         uniform = self.buffer[torch.cat([self.buffer.sample_offline(n), self.buffer.sample_online(n)])]
         offline_ratio, online_ratio = self.ratio(uniform.observations, uniform.actions)[0].relu().split(n)
@@ -637,7 +687,12 @@ class BalancedReplay:
         return loss.detach()
 
     def state_dict(self) -> dict:
-        return {"tree": self.tree.state_dict(), "ratio": self.ratio.state_dict(), "optimizer": self.optimizer.state_dict(), "largest": self.largest}
+        return {
+            "tree": self.tree.state_dict(),
+            "ratio": self.ratio.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "largest": self.largest,
+        }
 
     def load_state_dict(self, state: dict) -> None:
         for name in ("tree", "ratio", "optimizer"):
@@ -656,7 +711,12 @@ class Actor(nn.Module):
     def __init__(self, observation_dim: int, action_dim: int):
         super().__init__()
         self.network = nn.Sequential(
-            nn.Linear(observation_dim, 256), nn.ReLU(inplace=True), nn.Linear(256, 256), nn.ReLU(inplace=True), nn.Linear(256, action_dim), nn.Tanh()
+            nn.Linear(observation_dim, 256),
+            nn.ReLU(inplace=True),
+            nn.Linear(256, 256),
+            nn.ReLU(inplace=True),
+            nn.Linear(256, action_dim),
+            nn.Tanh(),
         )
 
     def forward(self, observations: torch.Tensor) -> torch.Tensor:
@@ -664,7 +724,7 @@ class Actor(nn.Module):
 
 
 class EnsembleLinear(nn.Module):
-    """`members` linear layers in one batched call: [members, B, inputs] to [members, B, outputs]. nn.Linear's initial distribution."""
+    """`members` linear layers in one batched call, [members, B, inputs] to [members, B, outputs]; nn.Linear's init."""
 
     def __init__(self, members: int, inputs: int, outputs: int):
         super().__init__()
@@ -689,7 +749,11 @@ class Critic(nn.Module):
     def __init__(self, observation_dim: int, action_dim: int, members: int = 2):
         super().__init__()
         self.layers = nn.ModuleList(
-            [EnsembleLinear(members, observation_dim + action_dim, 256), EnsembleLinear(members, 256, 256), EnsembleLinear(members, 256, 1)]
+            [
+                EnsembleLinear(members, observation_dim + action_dim, 256),
+                EnsembleLinear(members, 256, 256),
+                EnsembleLinear(members, 256, 1),
+            ]
         )
 
     def forward(self, observations: torch.Tensor, actions: torch.Tensor, members: int | None = None) -> torch.Tensor:
@@ -725,12 +789,14 @@ def soft_update(target: nn.Module, source: nn.Module, tau: float) -> None:
 
 
 def kappa_at(step: int, kappa_init: float, kappa_end: float, kappa_decay: int) -> float:
-    """Weight of Q_on at an environment step of the online phase: linear over `kappa_decay` steps, then constant (Table 15)."""
+    """Weight of Q_on at an environment step of the online phase: linear over kappa_decay, then constant (Table 15)."""
     return kappa_init + (kappa_end - kappa_init) * min(1.0, step / kappa_decay if kappa_decay else 1.0)
 
 
 @torch.no_grad()
-def smoothed_actions(actor_target: nn.Module, observations: torch.Tensor, policy_noise: float, noise_clip: float) -> torch.Tensor:
+def smoothed_actions(
+    actor_target: nn.Module, observations: torch.Tensor, policy_noise: float, noise_clip: float
+) -> torch.Tensor:
     """TD3's target policy smoothing: pi'(s) + clip(noise), [B, action_dim]."""
     actions = actor_target(observations)
     noise = (torch.randn_like(actions) * policy_noise).clamp(-noise_clip, noise_clip)
@@ -760,24 +826,28 @@ def meta_adaptation_loss(
 ) -> torch.Tensor:
     """Eq. 3: L_off(psi) + L_on(psi - alpha grad L_off(psi)).
 
-    First order (OEMA's code): the inner gradient is a constant. Second order: Eq. 3 to the letter. The targets [B] are the
-    target critic's; the adapted parameters are used for L_on's prediction alone.
+    First order (OEMA's code): the inner gradient is a constant. Second order: Eq. 3 to the letter. The targets [B] are
+    the target critic's; the adapted parameters are used for L_on's prediction alone.
     """
     parameters = dict(critic.named_parameters())
     offline_loss = td_loss(critic(offline.observations, offline.actions), offline_target)
-    gradients = torch.autograd.grad(offline_loss, list(parameters.values()), retain_graph=True, create_graph=second_order)
+    gradients = torch.autograd.grad(
+        offline_loss, list(parameters.values()), retain_graph=True, create_graph=second_order
+    )
     adapted = {name: p - meta_lr * g for (name, p), g in zip(parameters.items(), gradients, strict=True)}
     online_loss = td_loss(functional_call(critic, adapted, (online.observations, online.actions)), online_target)
     return offline_loss + online_loss
 
 
-def td3_bc_loss(values: torch.Tensor, policy_actions: torch.Tensor, actions: torch.Tensor, bc_alpha: float) -> torch.Tensor:
-    """TD3+BC's policy loss on values [B] and actions [B, action_dim]: -lambda mean Q + mean (pi(s) - a)^2, lambda = alpha / mean|Q|, detached."""
+def td3_bc_loss(
+    values: torch.Tensor, policy_actions: torch.Tensor, actions: torch.Tensor, bc_alpha: float
+) -> torch.Tensor:
+    """TD3+BC, values [B], actions [B, action_dim]: -lambda mean Q + mean (pi(s) - a)^2, lambda = bc_alpha / mean|Q|."""
     return -bc_alpha / values.abs().mean().detach() * values.mean() + F.mse_loss(policy_actions, actions)
 
 
 def policy_loss(q_off: torch.Tensor | None, q_on: torch.Tensor | None, kappa: torch.Tensor | float) -> torch.Tensor:
-    """Eq. 4 on values [B] of the policy's actions: -mean[(1 - kappa) Q_off + kappa Q_on]; a Q that never counts may be None."""
+    """Eq. 4 on values [B] of pi(s): -mean[(1 - kappa) Q_off + kappa Q_on]; a Q that never counts may be None."""
     if q_on is None:
         return -q_off.mean()
     if q_off is None:
@@ -793,7 +863,17 @@ def policy_loss(q_off: torch.Tensor | None, q_on: torch.Tensor | None, kappa: to
 class Run:
     """A run's folder and counters. `steps` is the loop of every phase."""
 
-    EVALS = ("phase", "env_steps", "gradient_steps", "normalized_score", "return_mean", "return_std", "length_mean", "success_rate", "seconds")
+    EVALS = (
+        "phase",
+        "env_steps",
+        "gradient_steps",
+        "normalized_score",
+        "return_mean",
+        "return_std",
+        "length_mean",
+        "success_rate",
+        "seconds",
+    )
     SPEED = ("phase", "gradient_steps", "env_steps", "seconds", "gradient_steps_per_second")
     PHASES = ("start", "offline", "collect", "online_pretrain", "online_finetune", "done")
     LOG_FREQ = 1_000  # gradient steps between two points of a TensorBoard curve
@@ -814,20 +894,26 @@ class Run:
     def open(self) -> None:
         """Write args.json and the rows of a resumed run, open TensorBoard and W&B, and take over Ctrl-C and SIGTERM."""
         packages = ("torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari")
-        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).resolve().parent)
+        versions = {d.name: d.version for d in importlib.metadata.distributions() if d.name in packages}
+        commit = ""
+        if shutil.which("git"):
+            folder = Path(__file__).resolve().parent
+            commit = subprocess.run(
+                ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=folder
+            ).stdout.strip()
         facts = {
-            "versions": {"python": sys.version.split()[0], **{p: importlib.metadata.version(p) for p in packages}},
-            "git_commit": git.stdout.strip() or None,
+            "versions": {"python": sys.version.split()[0]} | versions,
+            "git_commit": commit or None,
             "device_name": torch.cuda.get_device_name() if self.args.device == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
             "wandb_id": secrets.token_hex(4),
         }
         if self.phase != "start" and (self.folder / "args.json").exists():  # W&B goes on with the run it had
             facts["wandb_id"] = json.loads((self.folder / "args.json").read_text())["wandb_id"]
-        write_whole(self.folder / "args.json", lambda file: file.write(json.dumps(asdict(self.args) | facts, indent=2).encode()))
+        write_whole(self.folder / "args.json", json.dumps(asdict(self.args) | facts, indent=2).encode())
         for name, header, rows in (("evals.csv", self.EVALS, self.evals), ("speed.csv", self.SPEED, self.speed)):
             text = "".join(",".join(row) + "\n" for row in (header, *rows))
-            write_whole(self.folder / name, lambda file, text=text: file.write(text.encode()))
+            write_whole(self.folder / name, text.encode())
         if self.args.track:
             import wandb
 
@@ -841,9 +927,13 @@ class Run:
                 config=asdict(self.args),
                 sync_tensorboard=True,
             )
-        self.writer = SummaryWriter(str(self.folder), purge_step=self.gradient_steps + 1 if self.phase != "start" else None)
+        self.writer = SummaryWriter(
+            str(self.folder), purge_step=self.gradient_steps + 1 if self.phase != "start" else None
+        )
         if threading.current_thread() is threading.main_thread():
-            self.old_handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+            self.old_handlers = {
+                number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)
+            }
 
     def on_signal(self, number: int, frame) -> None:
         """The first Ctrl-C or SIGTERM asks for a checkpoint and the end, a second one does not wait."""
@@ -857,22 +947,32 @@ class Run:
         return self.PHASES.index(self.phase) <= self.PHASES.index(phase)
 
     def begin(self, phase: str) -> bool:
-        """Enter a phase, with a seed of its own so that it is the same after any other; False where it is gone on with."""
+        """Enter a phase, with a seed of its own so that it is the same after any other; False where it goes on."""
         if self.phase == phase:
             return False
         self.phase, self.step, self.phase_seconds, self.metrics = phase, 0, 0.0, {}
         torch.manual_seed(self.args.seed + 10_000 * self.PHASES.index(phase))
         return True
 
-    def steps(self, total: int, env: int = 0, gradient: int = 0, evaluate: Literal["often", "end", "never"] = "often") -> Iterator[int]:
+    def steps(
+        self, total: int, env: int = 0, gradient: int = 0, evaluate: Literal["often", "end", "never"] = "often"
+    ) -> Iterator[int]:
         """Yield what is left of a phase's `total` steps, each of `env` environment and `gradient` gradient steps.
 
-        Between two steps it logs, evaluates (every eval_freq steps, and at the end), checkpoints, and stops on a signal.
+        Between two steps it logs, evaluates (every eval_freq steps and at the end), checkpoints, and stops on a signal.
         """
         args, every = self.args, max(gradient, 1)
         if self.step == total:
             return
-        bar = tqdm(total=total, initial=self.step, desc=self.phase, unit="step", mininterval=0.5, dynamic_ncols=True, disable=not args.progress)
+        bar = tqdm(
+            total=total,
+            initial=self.step,
+            desc=self.phase,
+            unit="step",
+            mininterval=0.5,
+            dynamic_ncols=True,
+            disable=not args.progress,
+        )
         self.show_score(bar)
         started = time.perf_counter()
         while self.step < total:
@@ -883,7 +983,9 @@ class Run:
             bar.update()
             last = self.step == total
             log = last or self.step % max(1, self.LOG_FREQ // every) == 0
-            due = evaluate == "often" and args.eval_freq and (self.env_steps if env else self.step) % args.eval_freq == 0
+            due = (
+                evaluate == "often" and args.eval_freq and (self.env_steps if env else self.step) % args.eval_freq == 0
+            )
             score = due or (last and evaluate != "never")
             save = args.checkpoint_freq and self.step % max(1, args.checkpoint_freq // every) == 0
             if not (log or score or save or self.signal):
@@ -919,7 +1021,10 @@ class Run:
             if not math.isfinite(value):
                 last = self.folder / "checkpoint.pt"
                 kept = f"the last checkpoint is {last}" if last.exists() else "there was no checkpoint yet"
-                print(f"{PROGRAM}: {name} is {value} in phase {self.phase}, gradient step {self.gradient_steps}; {kept}", file=sys.stderr)
+                print(
+                    f"{PROGRAM}: {name} is {value} in phase {self.phase}, gradient step {self.gradient_steps}; {kept}",
+                    file=sys.stderr,
+                )
                 raise SystemExit(1)
             self.writer.add_scalar(f"train/{name}", value, self.gradient_steps)
 
@@ -928,7 +1033,13 @@ class Run:
         started = time.perf_counter()
         result = self.evaluate()
         self.seconds += time.perf_counter() - started
-        values = {"phase": self.phase, "env_steps": self.env_steps, "gradient_steps": self.gradient_steps, **result, "seconds": round(self.seconds, 2)}
+        values = {
+            "phase": self.phase,
+            "env_steps": self.env_steps,
+            "gradient_steps": self.gradient_steps,
+            **result,
+            "seconds": round(self.seconds, 2),
+        }
         self.evals.append([str(values[key]) for key in self.EVALS])
         self.append_row("evals.csv", self.evals[-1])
         for key in ("normalized_score", "return_mean", "return_std", "length_mean", "success_rate"):
@@ -960,9 +1071,11 @@ class Run:
         """Write checkpoint.pt: all that a resumed run needs to go on bit for bit."""
         counters = ("phase", "step", "phase_seconds", "env_steps", "gradient_steps", "seconds", "evals", "speed")
         state = {name: getattr(self, name) for name in counters} | {"args": asdict(self.args), "data": self.data}
-        state["rng"] = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if self.args.device == "cuda" else {})
+        state["rng"] = {"cpu": torch.get_rng_state()} | (
+            {"cuda": torch.cuda.get_rng_state()} if self.args.device == "cuda" else {}
+        )
         state["parts"] = {name: part.state_dict() for name, part in self.parts.items()}
-        write_whole(self.folder / "checkpoint.pt", lambda file: torch.save(state, file))
+        write_whole(self.folder / "checkpoint.pt", saved(state))
 
     def finish(self) -> None:
         """Mark the run complete (its checkpoint keeps no networks: they are in model.pt) and close its files."""
@@ -987,12 +1100,19 @@ class Run:
             torch.cuda.set_rng_state(state["rng"]["cuda"])
 
 
-def write_whole(path: Path, write: Callable) -> None:
-    """Write a file under a temporary name, then rename it: whatever happens, the file is the old one or the whole new one."""
+def saved(state: dict) -> bytes:
+    """What torch.save writes for `state`."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, then rename it: whatever happens, it is the old one or the whole new one."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            write(file)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -1007,43 +1127,66 @@ def read_saved(path: Path, what: str) -> dict:
     except FileNotFoundError:
         raise bad_input(f"{what} {path} does not exist: write the folder of a run that has one") from None
     except Exception as error:  # torch raises half a dozen kinds for a truncated file
-        raise bad_input(f"{what} {path} is damaged ({type(error).__name__}): delete it and run again") from None
+        raise bad_input(f"{what} {path} is damaged ({brief(error)}): delete it and run again") from None
 
 
 def refuse_differences(saved: dict, args: Args, names: list[str], what: str) -> None:
     """Exit 2 where a saved run's arguments differ from these."""
-    different = [f"--{n.replace('_', '-')} {saved.get(n)} (now {getattr(args, n)})" for n in names if saved.get(n) != getattr(args, n)]
+    different = [
+        f"--{n.replace('_', '-')} {saved.get(n)} (now {getattr(args, n)})"
+        for n in names
+        if saved.get(n) != getattr(args, n)
+    ]
     if different:
-        raise bad_input(f"{what} was made with {', '.join(different)}: write the same, or start a run of its own with another --run-dir")
+        raise bad_input(
+            f"{what} was made with {', '.join(different)}: write the same, or another --run-dir for a new run"
+        )
 
 
 def prepare_folder(args: Args) -> dict | None:
-    """Make the run's folder; with --resume its checkpoint, if there is one. Exit 2 if it can't be written or holds another run."""
+    """Make the run's folder; with --resume its checkpoint. Exit 2 if it can't be written or holds another run."""
     folder = Path(args.run_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / ".writable", lambda file: file.write(b"."))
+        write_whole(folder / ".writable", b".")
         (folder / ".writable").unlink()
     except OSError as error:
-        raise bad_input(f"the run folder {folder} cannot be written ({error.strerror}): write another --run-dir") from None
+        raise bad_input(
+            f"the run folder {folder} cannot be written ({error.strerror}): write another --run-dir"
+        ) from None
     checkpoint = folder / "checkpoint.pt"
     if not args.resume:
         if checkpoint.exists() or (folder / "evals.csv").exists():
-            raise bad_input(f"{folder} holds a run already: write --resume to go on with it, or another --run-dir or --exp-name")
+            raise bad_input(
+                f"{folder} holds a run already: write --resume to go on with it, or another --run-dir or --exp-name"
+            )
         return None
     if not checkpoint.exists():
         return None
     state = read_saved(checkpoint, "the checkpoint")
-    free = ("resume", "run_dir", "offline_from", "checkpoint_freq", "save_model", "capture_video", "track", "wandb_project_name", "wandb_entity", "progress")
-    refuse_differences(state["args"], args, [name for name in asdict(args) if name not in free], f"the checkpoint {checkpoint}")
+    free = (
+        "resume",
+        "run_dir",
+        "offline_from",
+        "checkpoint_freq",
+        "save_model",
+        "capture_video",
+        "track",
+        "wandb_project_name",
+        "wandb_entity",
+        "progress",
+    )
+    refuse_differences(
+        state["args"], args, [name for name in asdict(args) if name not in free], f"the checkpoint {checkpoint}"
+    )
     return state
 
 
 class Collector:
     """Steps the training environment into the buffer.
 
-    Every episode is reset from a seed of its own, so that a resumed run gets the environment's state back by repeating the
-    actions of the unfinished episode; they are the newest rows of the buffer.
+    Every episode is reset from a seed of its own, so that a resumed run gets the environment's state back by repeating
+    the actions of the unfinished episode; they are the newest rows of the buffer.
     """
 
     def __init__(self, env: gym.Env, buffer: ReplayBuffer, normalize: Callable, seed: int):
@@ -1057,7 +1200,7 @@ class Collector:
         self.observation = self.normalize(self.env.reset(seed=seed)[0])
 
     def step(self, action: np.ndarray) -> int:
-        """Take an action in [-1, 1] and store the transition; returns its row. Starts the next episode where one ends."""
+        """Take an action in [-1, 1], store the transition, return its row. Starts the next episode where one ends."""
         next_observation, reward, terminated, truncated, _ = self.env.step(action)
         next_observation = self.normalize(next_observation)
         row = self.buffer.add(self.observation, action, reward, next_observation, terminated)
@@ -1082,7 +1225,7 @@ class Collector:
 
 
 class Policy:
-    """A deterministic policy for acting: a CPU copy of the actor, which `refresh` brings up to date (on the CPU the actor itself)."""
+    """The policy for acting: a CPU copy of the actor that `refresh` brings up to date (on the CPU the actor itself)."""
 
     def __init__(self, actor: nn.Module):
         self.source = actor
@@ -1123,7 +1266,7 @@ def evaluate(policy: Policy, env: gym.Env, normalize: Callable, env_id: str, epi
 
 
 def record_video(env_id: str, folder: Path, policy: Policy | None, normalize: Callable, seed: int) -> None:
-    """Write one episode as an mp4 to `folder`; with no policy only try whether this machine can render (exit 2 if not)."""
+    """Write an episode as an mp4 to `folder`; without a policy only try whether this machine renders (or exit 2)."""
     if not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")
     try:
@@ -1133,7 +1276,7 @@ def record_video(env_id: str, folder: Path, policy: Policy | None, normalize: Ca
         gym.wrappers.RecordVideo(env, str(folder), name_prefix="evaluation", disable_logger=True)
     except Exception as error:  # every graphics stack fails in its own way
         raise bad_input(
-            f"--capture-video: this machine cannot render {env_id} ({type(error).__name__}: {str(error).splitlines()[0]}): "
+            f"--capture-video: this machine cannot render {env_id} ({brief(error)}): "
             "install EGL or OSMesa and set MUJOCO_GL to egl or osmesa, or leave it out"
         ) from None
     if policy is not None:
@@ -1151,7 +1294,8 @@ def tune_cpu() -> None:
         libc.mallopt(-1, 1 << 29)  # M_TRIM_THRESHOLD
     except OSError:
         pass
-    # Lets oneDNN (AVX-512 on AMD too) do the matrix products. It still computes in float32, but for machines with AMX: there, take it back.
+    # "bf16" hands matrix products to oneDNN, which has AVX-512 on AMD too and still computes in float32; only with AMX
+    # would it round to bfloat16: take it back there.
     a, b = torch.rand(2, 256, 256, generator=torch.Generator().manual_seed(0))
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     if (a @ b - (a.double() @ b.double())).abs().max() > 1e-3:
@@ -1159,7 +1303,7 @@ def tune_cpu() -> None:
 
 
 def capture(update: Callable[[bool], dict], parts: dict, device: torch.device) -> Callable[[bool], dict]:
-    """On CUDA `update(False)` and `update(True)` as two CUDA graphs; elsewhere `update` itself. `parts` and RNG stay as they were."""
+    """On CUDA two CUDA graphs, of `update(False)` and `update(True)`; `parts` and RNG are left as they are."""
     if device.type != "cuda":
         return update
 
@@ -1169,7 +1313,9 @@ def capture(update: Callable[[bool], dict], parts: dict, device: torch.device) -
         values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
         return [tensor for value in values for tensor in tensors(value)]
 
-    for part in parts.values():  # Adam makes its moments at its first step: let it, without moving, and put its count back
+    for (
+        part
+    ) in parts.values():  # Adam makes its moments at its first step: let it, without moving, and put its count back
         if isinstance(part, torch.optim.Adam) and not part.state:
             for parameter in part.param_groups[0]["params"]:
                 parameter.grad = torch.zeros_like(parameter)
@@ -1266,7 +1412,7 @@ def explore(policy: Policy, observation: np.ndarray, noise: float) -> np.ndarray
 
 
 def collect(args: Args, run: Run, collector: Collector, policy: Policy) -> None:
-    """Phase 2, first part: N_tau transitions with pi_off, with the exploration noise of every online action [choice]."""
+    """Phase 2, first part: N_tau transitions with pi_off, with the noise of every online action [choice]."""
     if run.begin("collect"):
         collector.reset()
     policy.refresh()
@@ -1275,7 +1421,7 @@ def collect(args: Args, run: Run, collector: Collector, policy: Policy) -> None:
 
 
 def online_pretrain(args: Args, run: Run, agent: Agent, buffer: ReplayBuffer) -> None:
-    """Phase 2, second part: N_pretrain gradient steps on Q_on alone (with --no-q-on on Q_off). pi, pi' and Q_off are frozen."""
+    """Phase 2, second part: N_pretrain gradient steps on Q_on (with --no-q-on, Q_off) alone; all else is frozen."""
     name = "q_on" if args.q_on else "q_off"
     critic, critic_target, optimizer = (getattr(agent, name + suffix) for suffix in ("", "_target", "_optimizer"))
 
@@ -1286,7 +1432,9 @@ def online_pretrain(args: Args, run: Run, agent: Agent, buffer: ReplayBuffer) ->
         offline_target, online_target = td_target(critic_target, batch, next_actions, args.gamma).split(n)
         offline, online = Dataset(*(x[:n] for x in batch)), Dataset(*(x[n:] for x in batch))
         if args.q_on_init == "meta":
-            loss = meta_adaptation_loss(critic, offline, offline_target, online, online_target, args.meta_lr, args.meta_second_order)  # Eq. 3
+            loss = meta_adaptation_loss(
+                critic, offline, offline_target, online, online_target, args.meta_lr, args.meta_second_order
+            )  # Eq. 3
         else:
             loss = td_loss(critic(online.observations, online.actions), online_target)
             if args.q_on_init == "joint":
@@ -1308,11 +1456,19 @@ def online_pretrain(args: Args, run: Run, agent: Agent, buffer: ReplayBuffer) ->
 
 
 def online_finetune(
-    args: Args, run: Run, agent: Agent, buffer: ReplayBuffer, balanced: BalancedReplay | None, collector: Collector, policy: Policy
+    args: Args,
+    run: Run,
+    agent: Agent,
+    buffer: ReplayBuffer,
+    balanced: BalancedReplay | None,
+    collector: Collector,
+    policy: Policy,
 ) -> None:
-    """Phase 3: act, store, `utd` gradient steps; Eq. 2 for Q_off and Q_on, Eq. 4 for the policy. Vanilla: TD3 on Q_off."""
+    """Phase 3: act, store, utd gradient steps of Eq. 2 (Q_off, Q_on) and Eq. 4 (policy). Vanilla: TD3 on Q_off."""
     with_q_on = args.opt and args.q_on
-    with_q_off = not (with_q_on and args.kappa_init == args.kappa_end == 1)  # at kappa = 1 Q_off never reaches the policy: not updated
+    with_q_off = not (
+        with_q_on and args.kappa_init == args.kappa_end == 1
+    )  # at kappa = 1 Q_off never reaches the policy: not updated
     kappa = torch.zeros((), device=buffer.rows.device)
     sample = balanced.tree.sample if balanced else getattr(buffer, f"sample_{args.replay}")
     critics = [("q_off", agent.q_off, agent.q_off_target, agent.q_off_optimizer)] if with_q_off else []
@@ -1347,7 +1503,7 @@ def online_finetune(
             balanced.start(args.init_online_fraction)
         if not args.opt:
             collector.reset()
-    parts = agent.parts() | ({"balanced": balanced} if balanced else {})
+    parts = agent.parts() | ({"balanced": balanced, "ratio_optimizer": balanced.optimizer} if balanced else {})
     update = capture(update, parts, buffer.rows.device)
     for step in run.steps(args.online_steps - (args.n_tau if args.opt else 0), env=1, gradient=args.utd):
         policy.refresh()
@@ -1362,7 +1518,8 @@ def online_finetune(
 
 
 OFFLINE_ARGS = (
-    "env_id", "seed", "offline_steps", "batch_size", "learning_rate", "gamma", "tau", "policy_frequency", "policy_noise", "noise_clip", "bc_alpha"
+    "env_id", "seed", "offline_steps", "batch_size", "learning_rate", "gamma", "tau", "policy_frequency",
+    "policy_noise", "noise_clip", "bc_alpha",
 )  # fmt: skip
 
 
@@ -1370,14 +1527,14 @@ def train(args: Args) -> float:
     """Run all phases; returns the last evaluation's normalised score (mean return where D4RL has no reference)."""
     args = resolve(args)
     env, evaluation_env = make_env(args.env_id), make_env(args.env_id)
-    saved = prepare_folder(args)
+    checkpoint = prepare_folder(args)
     run = Run(args)
-    if saved and saved["phase"] == "done":
-        run.load_checkpoint(saved)
+    if checkpoint and checkpoint["phase"] == "done":
+        run.load_checkpoint(checkpoint)
         print(f"{run.folder} is complete: score {run.last_score():.1f}")
         return run.last_score()
     offline = None
-    if args.offline_from and not saved:
+    if args.offline_from and not checkpoint:
         path = Path(args.offline_from)
         path = path / "offline.pt" if path.is_dir() else path
         offline = read_saved(path, "--offline-from")
@@ -1403,10 +1560,16 @@ def train(args: Args) -> float:
         actions=scale_actions(dataset.actions, args.env_id),
     )
     buffer = ReplayBuffer(dataset, args.online_steps, device)
-    data = {"size": len(dataset.rewards), "observation_mean": torch.from_numpy(mean), "observation_std": torch.from_numpy(std)}
+    data = {
+        "size": len(dataset.rewards),
+        "observation_mean": torch.from_numpy(mean),
+        "observation_std": torch.from_numpy(std),
+    }
     del dataset
-    for other, what in ((saved, "the checkpoint"), (offline, "--offline-from")):
-        if other and not all(torch.equal(torch.as_tensor(data[key]), torch.as_tensor(other["data"][key])) for key in data):
+    for other, what in ((checkpoint, "the checkpoint"), (offline, "--offline-from")):
+        if other and not all(
+            torch.equal(torch.as_tensor(data[key]), torch.as_tensor(other["data"][key])) for key in data
+        ):
             raise bad_input(f"{what} was made with other data for {args.env_id}: give it the same --dataset")
 
     agent = Agent(args, buffer.widths[0], buffer.widths[1], device)
@@ -1414,23 +1577,30 @@ def train(args: Args) -> float:
     balanced = BalancedReplay(buffer, args.batch_size, device) if args.replay == "balanced" else None
     collector, policy = Collector(env, buffer, normalize, args.seed), Policy(agent.actor)
     run.data = data
-    run.parts = agent.parts() | {"buffer": buffer, "collector": collector} | ({"balanced": balanced} if balanced else {})
+    run.parts = (
+        agent.parts() | {"buffer": buffer, "collector": collector} | ({"balanced": balanced} if balanced else {})
+    )
     run.evaluate = lambda: evaluate(policy, evaluation_env, normalize, args.env_id, args.eval_episodes, args.seed)
-    if saved:
-        run.load_checkpoint(saved)
+    if checkpoint:
+        run.load_checkpoint(checkpoint)
     elif offline:
         for name, part in agent.offline_parts.items():
             part.load_state_dict(offline["parts"][name])
-        run.phase, run.evals, run.gradient_steps, run.seconds = "offline", offline["evals"], args.offline_steps, offline["seconds"]
+        run.phase, run.evals, run.gradient_steps, run.seconds = (
+            "offline",
+            offline["evals"],
+            args.offline_steps,
+            offline["seconds"],
+        )
         run.step = args.offline_steps
-    del saved
+    del checkpoint, offline
     run.open()
 
     if run.pending("offline"):
         offline_pretrain(args, run, agent, buffer)
         parts = {name: part.state_dict() for name, part in agent.offline_parts.items()}
         state = {"args": asdict(args), "data": data, "parts": parts, "evals": run.evals, "seconds": run.seconds}
-        write_whole(run.folder / "offline.pt", lambda file: torch.save(state, file))
+        write_whole(run.folder / "offline.pt", saved(state))
     if args.opt and run.pending("collect"):
         collect(args, run, collector, policy)
     if args.opt and run.pending("online_pretrain"):
@@ -1440,8 +1610,8 @@ def train(args: Args) -> float:
 
     if args.save_model:
         networks = {name: part.state_dict() for name, part in agent.parts().items() if isinstance(part, nn.Module)}
-        model = {"args": asdict(args), **data, **networks}
-        write_whole(run.folder / "model.pt", lambda file: torch.save(model, file))
+        model = {"args": asdict(args), "action_dim": buffer.widths[1], **data, **networks}
+        write_whole(run.folder / "model.pt", saved(model))
     if args.capture_video:
         record_video(args.env_id, run.folder, policy, normalize, args.seed)
     run.finish()
@@ -1453,3 +1623,5 @@ if __name__ == "__main__":
         train(tyro.cli(Args))
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:  # a full disk: what was written before is whole
+        sys.exit(f"{PROGRAM}: {error}: the run stopped; mend that, and go on from its last checkpoint with --resume")

@@ -33,7 +33,10 @@ def roll_out(env: gym.Env, steps: int, seed: int, policy=None) -> dict[str, np.n
         observation = env.reset()[0] if terminated or truncated else following
     keys = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
     kinds = (np.float32,) * 4 + (bool,) * 2
-    return {key: np.asarray(column).astype(kind) for key, column, kind in zip(keys, zip(*rows, strict=True), kinds, strict=True)}
+    return {
+        key: np.asarray(column).astype(kind)
+        for key, column, kind in zip(keys, zip(*rows, strict=True), kinds, strict=True)
+    }
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +57,7 @@ def home(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def start(home, tmp_path):
-    """Start the script in a process of its own, as a user would; one thread, so that two tests do not fight for cores."""
+    """Start the script in a process of its own, as a user would, with one thread."""
 
     def start(*arguments: str, **environment: str) -> subprocess.Popen:
         names = ("XDG_CACHE_HOME", "D4RL_DATASET_DIR", "MINARI_DATASETS_PATH")

@@ -9,7 +9,16 @@ import torch
 from conftest import write_file
 from td3_opt import Args
 
-TINY = dict(env_id="InvertedPendulum-v5", offline_steps=0, online_steps=40, n_tau=20, n_pretrain=2, eval_episodes=1, batch_size=8, progress=False)
+TINY = dict(
+    env_id="InvertedPendulum-v5",
+    offline_steps=0,
+    online_steps=40,
+    n_tau=20,
+    n_pretrain=2,
+    eval_episodes=1,
+    batch_size=8,
+    progress=False,
+)
 
 
 @pytest.fixture
@@ -34,7 +43,10 @@ def refused(capsys, tmp_path, monkeypatch, home):
 def test_on_the_command_line_there_is_one_line_and_no_traceback(run):
     result = run("--env-id", "hoper-random-v2")
     assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr == "td3_opt.py: unknown --env-id 'hoper-random-v2': did you mean " + result.stderr.split("mean ")[1]
+    assert (
+        result.stderr
+        == "td3_opt.py: unknown --env-id 'hoper-random-v2': did you mean " + result.stderr.split("mean ")[1]
+    )
     assert "hopper-random-v2" in result.stderr and result.stderr.count("\n") == 1
 
 
@@ -50,7 +62,9 @@ def test_data_that_is_nowhere(refused, monkeypatch):
     monkeypatch.setattr(td3_opt, "D4RL_URL", "http://127.0.0.1:9/")
     refused("hopper_medium-v2.hdf5", "--dataset", "download", env_id="hopper-medium-v2")
     refused("is not a file", "--dataset", dataset="missing.hdf5")
-    monkeypatch.setattr(td3_opt.minari, "download_dataset", lambda name: (_ for _ in ()).throw(ConnectionError("no network")))
+    monkeypatch.setattr(
+        td3_opt.minari, "download_dataset", lambda name: (_ for _ in ()).throw(ConnectionError("no network"))
+    )
     refused("local Minari store", "minari list remote", dataset="nobody/nothing-v0")
 
 
@@ -62,13 +76,27 @@ def test_hdf5_without_a_needed_key(refused, pendulum_columns, tmp_path, key):
 
 def test_damaged_hdf5(refused, pendulum_columns, tmp_path):
     columns = dict(pendulum_columns)
-    refused("'next_observations' nor 'timeouts'", dataset=str(write_file(tmp_path / "a.hdf5", {k: columns[k] for k in list(columns)[:3] + ["terminals"]})))
-    refused("different lengths", "rewards 100", dataset=str(write_file(tmp_path / "b.hdf5", columns | {"rewards": columns["rewards"][:100]})))
+    refused(
+        "'next_observations' nor 'timeouts'",
+        dataset=str(write_file(tmp_path / "a.hdf5", {k: columns[k] for k in list(columns)[:3] + ["terminals"]})),
+    )
+    refused(
+        "different lengths",
+        "rewards 100",
+        dataset=str(write_file(tmp_path / "b.hdf5", columns | {"rewards": columns["rewards"][:100]})),
+    )
     for value in (np.nan, np.inf):
         bad = columns["observations"].copy()
         bad[7, 1] = value
-        refused("NaN or infinity in 'observations'", dataset=str(write_file(tmp_path / "c.hdf5", columns | {"observations": bad})))
-    refused("of type", "write numbers", dataset=str(write_file(tmp_path / "d.hdf5", columns | {"rewards": np.full(5_000, b"x")})))
+        refused(
+            "NaN or infinity in 'observations'",
+            dataset=str(write_file(tmp_path / "c.hdf5", columns | {"observations": bad})),
+        )
+    refused(
+        "of type",
+        "write numbers",
+        dataset=str(write_file(tmp_path / "d.hdf5", columns | {"rewards": np.full(5_000, b"x")})),
+    )
     (tmp_path / "e.hdf5").write_text("not HDF5")
     refused("cannot be read as HDF5", "e.hdf5", dataset=str(tmp_path / "e.hdf5"))
     (tmp_path / "f.hdf5").write_bytes(write_file(tmp_path / "g.hdf5", columns).read_bytes()[:5_000])
@@ -79,7 +107,9 @@ def test_data_of_another_environment(refused, pendulum_columns, pendulum_file, t
     refused("observations have shape (4,)", "(11,)", env_id="Hopper-v5", dataset=str(pendulum_file))
     two = write_file(tmp_path / "two.hdf5", pendulum_columns | {"actions": np.zeros((5_000, 2), np.float32)})
     refused("actions have shape (2,)", "(1,)", dataset=str(two))
-    following = write_file(tmp_path / "next.hdf5", pendulum_columns | {"next_observations": np.zeros((5_000, 5), np.float32)})
+    following = write_file(
+        tmp_path / "next.hdf5", pendulum_columns | {"next_observations": np.zeros((5_000, 5), np.float32)}
+    )
     refused("next_observations have shape (5,)", dataset=str(following))
     refused("--batch-size 5001", "5000 transitions", dataset=str(pendulum_file), batch_size=5_001)
 
@@ -148,7 +178,9 @@ def test_offline_from_another_run(refused, pendulum_file, tmp_path, capsys):
     refused("--seed 0 (now 1)", seed=1, **second)
     refused("--offline-steps 0 (now 3)", **(second | dict(offline_steps=3)))
     refused("does not exist", dataset=str(pendulum_file), offline_from=str(tmp_path / "nothing"))
-    refused("other data", dataset=str(write_file(tmp_path / "other.hdf5", pendulum_like())), offline_from=first["run_dir"])
+    refused(
+        "other data", dataset=str(write_file(tmp_path / "other.hdf5", pendulum_like())), offline_from=first["run_dir"]
+    )
     for damage in (b"", (tmp_path / "first" / "offline.pt").read_bytes()[:-1000]):
         (tmp_path / "damaged.pt").write_bytes(damage)
         refused("damaged.pt is damaged", dataset=str(pendulum_file), offline_from=str(tmp_path / "damaged.pt"))

@@ -14,9 +14,19 @@ def losses(phase: str, graphs: bool, monkeypatch) -> list[list[float]]:
     if not graphs:
         monkeypatch.setattr(td3_opt, "capture", lambda update, parts, device: update)
     n = 5_000
-    columns = (rng.standard_normal((n, 11)), rng.uniform(-1, 1, (n, 3)), rng.standard_normal(n), rng.standard_normal((n, 11)), np.zeros(n))
+    columns = (
+        rng.standard_normal((n, 11)),
+        rng.uniform(-1, 1, (n, 3)),
+        rng.standard_normal(n),
+        rng.standard_normal((n, 11)),
+        np.zeros(n),
+    )
     data = td3_opt.Dataset(*(np.asarray(column, np.float32) for column in columns))
-    args = td3_opt.resolve(td3_opt.Args(env_id="hopper-medium-v2", device="cuda", offline_steps=200, n_pretrain=200, n_tau=100, online_steps=140))
+    args = td3_opt.resolve(
+        td3_opt.Args(
+            env_id="hopper-medium-v2", device="cuda", offline_steps=200, n_pretrain=200, n_tau=100, online_steps=140
+        )
+    )
     buffer = td3_opt.ReplayBuffer(data, 200, device)
     for i in range(100):
         buffer.add(*(column[i] for column in data))

@@ -63,7 +63,8 @@ def test_regenerated_random_data_is_d4rls_recipe_and_the_same_on_any_number_of_c
     ends = columns["terminals"] | columns["timeouts"]
     inside = ~ends[:-1]
     np.testing.assert_array_equal(columns["next_observations"][:-1][inside], columns["observations"][1:][inside])
-    assert np.flatnonzero(columns["timeouts"]).tolist() == [1_499, 2_999, 3_999]  # hopper falls long before 1000 steps
+    assert ends[[1_499, 2_999, 3_999]].all()
+    assert set(np.flatnonzero(columns["timeouts"])) <= {1_499, 2_999, 3_999}  # hopper falls long before 1000 steps
     assert not (columns["terminals"] & columns["timeouts"]).any()
     # the same actions in Gymnasium's own environment give the same numbers
     env = gym.make("Hopper-v5")
@@ -75,7 +76,10 @@ def test_regenerated_random_data_is_d4rls_recipe_and_the_same_on_any_number_of_c
 
 
 def test_halfcheetah_chunks_end_with_whole_episodes():
-    assert td3_opt.RANDOM_STEPS == 1_000_000 and td3_opt.RANDOM_STEPS % td3_opt.RANDOM_CHUNK == 0 == td3_opt.RANDOM_CHUNK % 1_000
+    assert (
+        td3_opt.RANDOM_STEPS == 1_000_000
+        and td3_opt.RANDOM_STEPS % td3_opt.RANDOM_CHUNK == 0 == td3_opt.RANDOM_CHUNK % 1_000
+    )
 
 
 def test_first_hit_wins(tmp_path, monkeypatch):
@@ -103,7 +107,10 @@ def test_first_hit_wins(tmp_path, monkeypatch):
     assert td3_opt.cache_path("x").parent == tmp_path / "xdg" / "opt-datasets"
 
 
-@pytest.mark.parametrize("kind, name", [("medium-replay", "medium_replay"), ("medium-expert", "medium_expert"), ("full-replay", "full_replay")])
+@pytest.mark.parametrize(
+    "kind, name",
+    [("medium-replay", "medium_replay"), ("medium-expert", "medium_expert"), ("full-replay", "full_replay")],
+)
 def test_d4rls_files_are_found_under_their_names(tmp_path, kind, name):
     folder = tmp_path / ".d4rl" / "datasets"
     folder.mkdir(parents=True)
@@ -151,7 +158,13 @@ def test_no_data_anywhere_names_the_three_ways(server, capsys, tmp_path):
 def collect_minari(dataset_id: str, env: gym.Env, steps: int = 300):
     env = minari.DataCollector(env)
     columns = roll_out(env, steps, seed=0)
-    env.create_dataset(dataset_id=dataset_id, algorithm_name="random", author="test", author_email="test@example.org", code_permalink="none")
+    env.create_dataset(
+        dataset_id=dataset_id,
+        algorithm_name="random",
+        author="test",
+        author_email="test@example.org",
+        code_permalink="none",
+    )
     env.close()
     return columns
 
@@ -177,9 +190,9 @@ def test_environments_are_d4rls():
     assert td3_opt.make_env("hopper-medium-v2").spec.id == "Hopper-v5"
     walker = td3_opt.make_env("walker2d-random-v2")
     assert walker.spec.kwargs["xml_file"] == "walker2d.xml" and walker.spec.max_episode_steps == 1_000
-    # in D4RL's Walker2d-v2 both feet rub alike (0.9); in the v5 model the left one differs (1.9)
+    # in D4RL's Walker2d-v2 the right foot slides at 0.9 and the left one at 1.9; in the v5 model both at 1.9
     model = walker.unwrapped.model
-    assert model.geom("foot_geom").friction[0] == model.geom("foot_left_geom").friction[0] == pytest.approx(0.9)
+    assert [model.geom(name).friction[0] for name in ("foot_geom", "foot_left_geom")] == [0.9, 1.9]
 
 
 def test_actions_are_scaled_in_data_and_environment_alike():

@@ -52,7 +52,9 @@ def test_critic_ensemble_and_actor_are_plain_mlps():
     values = critic(data.observations, data.actions)
     assert values.shape == (2, 16)
     for member in (0, 1):
-        np.testing.assert_allclose(values[member].detach(), numpy_q(critic, member, data.observations, data.actions), rtol=1e-10)
+        np.testing.assert_allclose(
+            values[member].detach(), numpy_q(critic, member, data.observations, data.actions), rtol=1e-10
+        )
     first = critic(data.observations, data.actions, members=1)
     np.testing.assert_allclose(first[0].detach(), values[0].detach(), rtol=1e-10)
     actions = np.tanh(numpy_mlp(actor_layers(actor), data.observations.numpy()))
@@ -76,7 +78,9 @@ def test_eq_2_with_twin_targets_against_numpy():
 
 def test_td_target_by_hand():
     """Rewards 1 and 2, the second a terminal; targets' minimum 3: 1 + 0.5 * 3 and 2."""
-    data = Dataset(torch.zeros(2, 1), torch.zeros(2, 1), torch.tensor([1.0, 2.0]), torch.zeros(2, 1), torch.tensor([0.0, 1.0]))
+    data = Dataset(
+        torch.zeros(2, 1), torch.zeros(2, 1), torch.tensor([1.0, 2.0]), torch.zeros(2, 1), torch.tensor([0.0, 1.0])
+    )
     target = td3_opt.td_target(lambda s, a: torch.tensor([[3.0, 9.0], [4.0, 7.0]]), data, torch.zeros(2, 1), 0.5)
     assert target.tolist() == [2.5, 2.0]
 
@@ -164,8 +168,12 @@ def test_eq_3_against_finite_differences(second_order):
         return td(vector, offline, y_off) + td(vector - meta_lr * inner, online, y_on)
 
     h_outer = 1e-4 if second_order else h  # the inner differences are accurate to about 1e-9
-    expected = torch.tensor([(eq_3(start + h_outer * e) - eq_3(start - h_outer * e)) / (2 * h_outer) for e in torch.eye(len(start))])
-    torch.testing.assert_close(gradient, expected, rtol=1e-3 if second_order else 1e-5, atol=1e-4 if second_order else 1e-6)
+    expected = torch.tensor(
+        [(eq_3(start + h_outer * e) - eq_3(start - h_outer * e)) / (2 * h_outer) for e in torch.eye(len(start))]
+    )
+    torch.testing.assert_close(
+        gradient, expected, rtol=1e-3 if second_order else 1e-5, atol=1e-4 if second_order else 1e-6
+    )
 
 
 def test_first_and_second_order_differ():
@@ -218,7 +226,10 @@ TABLE_15 = [
     *[(f"{env}-random-v2", 1.0, 0, 1.0) for env in ("halfcheetah", "hopper", "walker2d")],
     *[(f"{env}-medium-v2", 0.3, 150_000, 0.9) for env in ("halfcheetah", "hopper", "walker2d")],
     *[(f"{env}-medium-replay-v2", 0.1, 150_000, 0.9) for env in ("halfcheetah", "hopper", "walker2d")],
-    *[(f"antmaze-{maze}-v2", 0.1, 100_000, 0.9) for maze in ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play")],
+    *[
+        (f"antmaze-{maze}-v2", 0.1, 100_000, 0.9)
+        for maze in ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play")
+    ],
     ("antmaze-large-diverse-v2", 0.1, 200_000, 0.9),
     *[(f"{env}-cloned-v1", 0.1, 250_000, 0.9) for env in ("pen", "hammer", "door", "relocate")],
 ]
@@ -294,4 +305,6 @@ def test_minimize_moves_only_its_own_parameters():
     # Adam's first step is lr * sign(gradient)
     for name, parameter in actor.named_parameters():
         moved = parameter.grad.abs() > 1e-6
-        torch.testing.assert_close((old[name] - parameter.detach())[moved], 3e-4 * parameter.grad.sign()[moved], rtol=0.02, atol=0)
+        torch.testing.assert_close(
+            (old[name] - parameter.detach())[moved], 3e-4 * parameter.grad.sign()[moved], rtol=0.02, atol=0
+        )

@@ -62,7 +62,10 @@ def test_sum_tree_draws_proportionally(size):
     expected = priorities / priorities.sum() * 1_000_000
     rare = expected < 10  # chi-square wants 5 or more expected in a cell: one cell for the rare ones
     if rare.any():
-        counts, expected = np.append(counts[~rare], counts[rare].sum()), np.append(expected[~rare], expected[rare].sum())
+        counts, expected = (
+            np.append(counts[~rare], counts[rare].sum()),
+            np.append(expected[~rare], expected[rare].sum()),
+        )
         if expected[-1] < 5:
             counts, expected = counts[:-1], expected[:-1] * counts[:-1].sum() / expected[:-1].sum()
     assert len(counts) == 1 or scipy.stats.chisquare(counts, expected).pvalue > 0.001
@@ -111,7 +114,9 @@ def gaussian_replay(n: int = 50_000) -> BalancedReplay:
 
     def columns(mean, std):
         observations = np.stack([rng.normal(mean, std, n), np.zeros(n)], 1).astype(np.float32)
-        return Dataset(observations, np.zeros((n, 1), np.float32), np.zeros(n, np.float32), observations, np.zeros(n, np.float32))
+        return Dataset(
+            observations, np.zeros((n, 1), np.float32), np.zeros(n, np.float32), observations, np.zeros(n, np.float32)
+        )
 
     buffer = ReplayBuffer(columns(0.0, 1.0), n, CPU)
     online = columns(0.7, 0.8)
@@ -149,11 +154,15 @@ def test_priorities_after_an_update():
     torch.manual_seed(5)
     uniform = replay.buffer[torch.cat([replay.buffer.sample_offline(256), replay.buffer.sample_online(256)])]
     with torch.no_grad():
-        mean_offline = replay.ratio(uniform.observations[:256], uniform.actions[:256])[0].relu().double().pow(0.2).mean()
+        mean_offline = (
+            replay.ratio(uniform.observations[:256], uniform.actions[:256])[0].relu().double().pow(0.2).mean()
+        )
     torch.manual_seed(5)
     replay.update(rows, batch)
     with torch.no_grad():
-        expected = (replay.ratio(batch.observations, batch.actions)[0].relu().double().pow(0.2) / mean_offline).clamp(1e-3, 1e3)
+        expected = (replay.ratio(batch.observations, batch.actions)[0].relu().double().pow(0.2) / mean_offline).clamp(
+            1e-3, 1e3
+        )
     after = replay.tree.leaves.view(-1)
     torch.testing.assert_close(after[rows], expected, rtol=1e-5, atol=0)
     changed = torch.ones(len(after), dtype=torch.bool).index_fill(0, rows, False)

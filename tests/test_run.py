@@ -1,4 +1,4 @@
-"""Whole runs, as a user starts them: they learn, repeat themselves, survive being killed, and leave what they promise."""
+"""Whole runs, as a user starts them: they learn, repeat themselves, survive being killed, leave what they promise."""
 
 import copy
 import csv
@@ -18,7 +18,18 @@ import torch
 from conftest import roll_out, write_file
 from td3_opt import Args
 
-SHORT = ("--env-id", "InvertedPendulum-v5", "--offline-steps", 60, "--online-steps", 90, "--n-tau", 40, "--n-pretrain", 50)
+SHORT = (
+    "--env-id",
+    "InvertedPendulum-v5",
+    "--offline-steps",
+    60,
+    "--online-steps",
+    90,
+    "--n-tau",
+    40,
+    "--n-pretrain",
+    50,
+)
 SHORT += ("--utd", 2, "--batch-size", 16, "--eval-freq", 25, "--eval-episodes", 2, "--no-progress")
 
 
@@ -94,8 +105,21 @@ def test_tensorboard_curves(whole):
     events = EventAccumulator(str(whole))
     events.Reload()
     curves = set(events.Tags()["scalars"])
-    assert {"train/q_off_loss", "train/q_on_loss", "train/q_off_mean", "train/q_on_mean", "train/q_mix_mean", "train/actor_loss"} <= curves
-    assert {"train/kappa", "train/online_share", "train/density_ratio_loss", "train/q_on_pretrain_loss", "eval/return_mean"} <= curves
+    assert {
+        "train/q_off_loss",
+        "train/q_on_loss",
+        "train/q_off_mean",
+        "train/q_on_mean",
+        "train/q_mix_mean",
+        "train/actor_loss",
+    } <= curves
+    assert {
+        "train/kappa",
+        "train/online_share",
+        "train/density_ratio_loss",
+        "train/q_on_pretrain_loss",
+        "eval/return_mean",
+    } <= curves
     kappa = events.Scalars("train/kappa")[-1].value
     assert kappa == pytest.approx(0.9)
     mix, off, on = (events.Scalars(f"train/{name}_mean")[-1].value for name in ("q_mix", "q_off", "q_on"))
@@ -128,11 +152,15 @@ td3_opt.train(tyro.cli(td3_opt.Args))
 def run_killed_at(phase: str, step: int, number: str, home, *arguments) -> tuple[int, str]:
     code = PAUSE.format(folder=str(Path(td3_opt.__file__).parent), phase=phase, step=step, signal=number)
     environment = os.environ | {"HOME": str(home), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], env=environment, capture_output=True, text=True
+    )
     return result.returncode, result.stderr
 
 
-@pytest.mark.parametrize("phase, step", [("offline", 33), ("collect", 27), ("online_pretrain", 41), ("online_finetune", 37)])
+@pytest.mark.parametrize(
+    "phase, step", [("offline", 33), ("collect", 27), ("online_pretrain", 41), ("online_finetune", 37)]
+)
 def test_a_killed_run_resumes_bit_for_bit(whole, run, home, pendulum_file, tmp_path, phase, step):
     """SIGKILL in the middle of each stage; the newest checkpoint is some steps old, in the middle of an episode."""
     arguments = (*SHORT, "--dataset", pendulum_file, "--run-dir", tmp_path / "run", "--checkpoint-freq", 10)
@@ -145,7 +173,12 @@ def test_a_killed_run_resumes_bit_for_bit(whole, run, home, pendulum_file, tmp_p
     result = run(*arguments, "--resume")
     assert result.returncode == 0, result.stderr
     assert timeless(tmp_path / "run") == timeless(whole) and same_weights(tmp_path / "run", whole)
-    assert [row["phase"] for row in rows(tmp_path / "run", "speed.csv")] == ["offline", "collect", "online_pretrain", "online_finetune"]
+    assert [row["phase"] for row in rows(tmp_path / "run", "speed.csv")] == [
+        "offline",
+        "collect",
+        "online_pretrain",
+        "online_finetune",
+    ]
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(whole, run, home, pendulum_file, tmp_path):
@@ -209,7 +242,12 @@ def test_variants_share_one_offline_phase(whole, run, pendulum_file, tmp_path):
     shared = run(*SHORT, *data, "--offline-from", tmp_path / "vanilla", "--run-dir", tmp_path / "opt")
     assert shared.returncode == 0, shared.stderr
     assert timeless(tmp_path / "opt") == timeless(whole) and same_weights(tmp_path / "opt", whole)
-    assert run(*SHORT, *data, "--no-opt", "--offline-from", whole / "offline.pt", "--run-dir", tmp_path / "vanilla2").returncode == 0
+    assert (
+        run(
+            *SHORT, *data, "--no-opt", "--offline-from", whole / "offline.pt", "--run-dir", tmp_path / "vanilla2"
+        ).returncode
+        == 0
+    )
     assert timeless(tmp_path / "vanilla2") == timeless(tmp_path / "vanilla")
     phases = [row["phase"] for row in rows(tmp_path / "vanilla2")]
     assert set(phases) == {"offline", "online_finetune"} and rows(tmp_path / "vanilla2")[-1]["env_steps"] == "90"
@@ -237,7 +275,16 @@ VARIANTS = [
 def watched(monkeypatch, pendulum_file, tmp_path, home):
     """Train in this process, with a copy of all parts at the start of every phase and at the end."""
     monkeypatch.setenv("HOME", str(home))
-    short = dict(env_id="InvertedPendulum-v5", offline_steps=20, online_steps=60, n_tau=30, n_pretrain=20, utd=2, batch_size=16, eval_episodes=1)
+    short = dict(
+        env_id="InvertedPendulum-v5",
+        offline_steps=20,
+        online_steps=60,
+        n_tau=30,
+        n_pretrain=20,
+        utd=2,
+        batch_size=16,
+        eval_episodes=1,
+    )
     begin = td3_opt.Run.begin
 
     def watched(**arguments) -> dict[str, dict]:
@@ -249,7 +296,9 @@ def watched(monkeypatch, pendulum_file, tmp_path, home):
             return begin(self, phase)
 
         monkeypatch.setattr(td3_opt.Run, "begin", watch)
-        td3_opt.train(Args(**(short | arguments), dataset=str(pendulum_file), run_dir=str(tmp_path / "watched"), progress=False))
+        td3_opt.train(
+            Args(**(short | arguments), dataset=str(pendulum_file), run_dir=str(tmp_path / "watched"), progress=False)
+        )
         return states
 
     return watched
@@ -265,7 +314,7 @@ def unchanged(before: dict, after: dict) -> set[str]:
 
 @pytest.mark.parametrize("arguments", VARIANTS, ids=str)
 def test_what_each_phase_changes(watched, arguments):
-    """Bit for bit: collection changes nothing but the buffer, online pre-training nothing but Q_on (with --no-q-on: Q_off)."""
+    """Bit for bit: collection changes only the buffer, online pre-training only Q_on (with --no-q-on: Q_off)."""
     states = watched(**arguments)
     q_off = {"q_off", "q_off_target", "q_off_optimizer"}
     policy = {"actor", "actor_target", "actor_optimizer"}
@@ -321,7 +370,12 @@ def test_a_time_limit_is_not_terminal_in_the_buffer():
         collector.step(np.zeros(1, np.float32))
     stored = buffer[torch.arange(1, 5)]
     assert stored.terminals.tolist() == [0, 0, 0, 0]
-    assert stored.next_observations.flatten().tolist() == [0.25, 0.5, 0.75, 0.25]  # the cut step has its true next observation
+    assert stored.next_observations.flatten().tolist() == [
+        0.25,
+        0.5,
+        0.75,
+        0.25,
+    ]  # the cut step has its true next observation
     assert stored.observations.flatten().tolist() == [0, 0.25, 0.5, 0]
 
 
@@ -375,9 +429,14 @@ def test_opt_learns_to_balance_a_pole(seed, tmp_path, monkeypatch, home):
     """90% of the maximal return of 1000, from 4,000 steps of random data and 1,000 of a poor controller."""
     monkeypatch.setenv("HOME", str(home))
     np.random.seed(seed)
-    parts = [roll_out(gym.make("InvertedPendulum-v5"), 4_000, seed), roll_out(gym.make("InvertedPendulum-v5"), 1_000, seed, balancing)]
+    parts = [
+        roll_out(gym.make("InvertedPendulum-v5"), 4_000, seed),
+        roll_out(gym.make("InvertedPendulum-v5"), 1_000, seed, balancing),
+    ]
     data = write_file(tmp_path / "d.hdf5", {key: np.concatenate([part[key] for part in parts]) for key in parts[0]})
-    args = Args(env_id="InvertedPendulum-v5", dataset=str(data), seed=seed, run_dir=str(tmp_path / "run"), progress=False)
+    args = Args(
+        env_id="InvertedPendulum-v5", dataset=str(data), seed=seed, run_dir=str(tmp_path / "run"), progress=False
+    )
     args.offline_steps, args.online_steps, args.n_tau, args.n_pretrain, args.utd = 2_000, 4_000, 1_000, 1_000, 2
     args.batch_size, args.eval_freq, args.learning_rate = 64, 0, 1e-3
     started = time.time()
