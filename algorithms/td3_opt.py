@@ -13,6 +13,7 @@ import copy
 import csv
 import ctypes
 import difflib
+import errno
 import importlib
 import importlib.metadata
 import io
@@ -28,6 +29,7 @@ import sys
 import threading
 import time
 import urllib.request
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -312,12 +314,16 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
         raise bad_input(f"--env-id {env_id} has unbounded actions: write one whose action Box has finite bounds")
     if (env.action_space.low == -1).all() and (env.action_space.high == 1).all():
         return env
-    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    return ScaledActions(env, np.float32(-1), np.float32(1))
 
 
-def scale_actions(actions: np.ndarray, env_id: str) -> np.ndarray:
-    """A dataset's actions [N, action_dim] scaled as make_env scales the environment's."""
-    space = make_env(env_id).unwrapped.action_space
+class ScaledActions(gym.wrappers.RescaleAction):
+    """What make_env puts around an environment whose actions are not in [-1, 1]."""
+
+
+def scale_actions(actions: np.ndarray, env: gym.Env) -> np.ndarray:
+    """A dataset's actions [N, action_dim] scaled as make_env scaled those of `env`."""
+    space = env.env.action_space if isinstance(env, ScaledActions) else env.action_space
     return (actions - (space.high + space.low) / 2) / ((space.high - space.low) / 2)
 
 
@@ -362,7 +368,8 @@ def read_hdf5(path: Path) -> Dataset:
     for key, column in columns.items():
         if not (np.issubdtype(column.dtype, np.number) or column.dtype == bool):
             raise bad_input(f"{path} has '{key}' of type {column.dtype}: write numbers")
-        columns[key] = column = column.astype(np.float32)
+        with np.errstate(over="ignore"):
+            columns[key] = column = column.astype(np.float32)
         if not np.isfinite(column).all():
             raise bad_input(f"{path} has NaN or infinity in '{key}': remove those transitions")
         if key in ("rewards", "terminals", "timeouts"):
@@ -504,7 +511,7 @@ def load_dataset(env_id: str, dataset: str | None = None, progress: bool = True)
                 f"--dataset {dataset} is not a file: write the path of a D4RL-style .hdf5 file, or a Minari id"
             )
         return read_minari(dataset, progress)
-    name = env_id.removesuffix("-v2").replace("-", "_", 1).replace("-", "_") + "-v2.hdf5"
+    name = env_id.removesuffix("-v2").replace("-", "_") + "-v2.hdf5"
     d4rl_cache = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser() / name
     own_cache = cache_path(env_id)
     for path in (d4rl_cache, own_cache):
@@ -516,6 +523,10 @@ def load_dataset(env_id: str, dataset: str | None = None, progress: bool = True)
         else:
             download(D4RL_URL + name, own_cache, progress)
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise bad_input(
+                f"cannot write {own_cache} ({brief(error)}): set XDG_CACHE_HOME to another folder"
+            ) from None
         raise bad_input(
             f"no data for {env_id} ({brief(error)}). Three ways to get it: put D4RL's file at {d4rl_cache}; "
             f"give --dataset FILE.hdf5 or a Minari id; or run once with network, to download {D4RL_URL}{name}"
@@ -940,7 +951,6 @@ class Run:
         if self.signal:
             raise SystemExit(128 + number)
         self.signal = number
-        tqdm.write(f"{PROGRAM}: stopping; writing a checkpoint first", file=sys.stderr)
 
     def pending(self, phase: str) -> bool:
         """Whether a phase is still to be run, or to be gone on with."""
@@ -999,7 +1009,7 @@ class Run:
             if score:
                 self.add_evaluation()
                 self.show_score(bar)
-            if save and not last:
+            if save or (last and args.checkpoint_freq):
                 self.save_checkpoint()
             if self.signal and not last:
                 break
@@ -1011,7 +1021,7 @@ class Run:
         """After a signal: checkpoint, and exit with 130 (Ctrl-C) or 143 (SIGTERM)."""
         if self.signal:
             self.save_checkpoint()
-            print(f"{PROGRAM}: stopped; go on with the same command and --resume", file=sys.stderr)
+            print(f"{PROGRAM}: stopped, with a checkpoint; go on with the same command and --resume", file=sys.stderr)
             raise SystemExit(128 + self.signal)
 
     def log_metrics(self) -> None:
@@ -1070,7 +1080,8 @@ class Run:
     def save_checkpoint(self) -> None:
         """Write checkpoint.pt: all that a resumed run needs to go on bit for bit."""
         counters = ("phase", "step", "phase_seconds", "env_steps", "gradient_steps", "seconds", "evals", "speed")
-        state = {name: getattr(self, name) for name in counters} | {"args": asdict(self.args), "data": self.data}
+        state = {name: getattr(self, name) for name in counters} | {"kind": "checkpoint.pt"}
+        state |= {"args": asdict(self.args), "data": self.data}
         state["rng"] = {"cpu": torch.get_rng_state()} | (
             {"cuda": torch.cuda.get_rng_state()} if self.args.device == "cuda" else {}
         )
@@ -1078,9 +1089,10 @@ class Run:
         write_whole(self.folder / "checkpoint.pt", saved(state))
 
     def finish(self) -> None:
-        """Mark the run complete (its checkpoint keeps no networks: they are in model.pt) and close its files."""
+        """Mark the run complete and close its files. What is in model.pt need not be in the checkpoint as well."""
         self.begin("done")
-        self.parts = {}
+        if self.args.save_model:
+            self.parts = {}
         self.save_checkpoint()
         self.writer.close()
         if self.args.track:
@@ -1120,27 +1132,28 @@ def write_whole(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read_saved(path: Path, what: str) -> dict:
-    """Load a file that torch.save wrote; exit 2 if it is missing or damaged."""
+def read_saved(path: Path, kind: str, advice: str) -> dict:
+    """Load a file that a run wrote; exit 2 if it is missing, damaged, or of another kind."""
     try:
-        return torch.load(path, weights_only=True, map_location="cpu")
+        state = torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError:
-        raise bad_input(f"{what} {path} does not exist: write the folder of a run that has one") from None
+        raise bad_input(f"{path} does not exist: {advice}") from None
     except Exception as error:  # torch raises half a dozen kinds for a truncated file
-        raise bad_input(f"{what} {path} is damaged ({brief(error)}): delete it and run again") from None
+        raise bad_input(f"{path} is damaged ({brief(error)}): {advice}") from None
+    if not isinstance(state, dict) or state.get("kind") != kind:
+        raise bad_input(f"{path} is no {kind}: {advice}")
+    return state
 
 
-def refuse_differences(saved: dict, args: Args, names: list[str], what: str) -> None:
+def refuse_differences(saved: dict, args: Args, names: list[str], path: Path, advice: str) -> None:
     """Exit 2 where a saved run's arguments differ from these."""
     different = [
-        f"--{n.replace('_', '-')} {saved.get(n)} (now {getattr(args, n)})"
-        for n in names
-        if saved.get(n) != getattr(args, n)
+        f"--{name.replace('_', '-')} {saved.get(name)} (now {getattr(args, name)})"
+        for name in names
+        if saved.get(name) != getattr(args, name)
     ]
     if different:
-        raise bad_input(
-            f"{what} was made with {', '.join(different)}: write the same, or another --run-dir for a new run"
-        )
+        raise bad_input(f"{path} was made with {', '.join(different)}: write the same, or {advice}")
 
 
 def prepare_folder(args: Args) -> dict | None:
@@ -1163,7 +1176,7 @@ def prepare_folder(args: Args) -> dict | None:
         return None
     if not checkpoint.exists():
         return None
-    state = read_saved(checkpoint, "the checkpoint")
+    state = read_saved(checkpoint, "checkpoint.pt", "delete it, and --resume starts from the beginning")
     free = (
         "resume",
         "run_dir",
@@ -1176,9 +1189,8 @@ def prepare_folder(args: Args) -> dict | None:
         "wandb_entity",
         "progress",
     )
-    refuse_differences(
-        state["args"], args, [name for name in asdict(args) if name not in free], f"the checkpoint {checkpoint}"
-    )
+    names = [name for name in asdict(args) if name not in free]
+    refuse_differences(state["args"], args, names, checkpoint, "start a new run in another --run-dir")
     return state
 
 
@@ -1277,7 +1289,7 @@ def record_video(env_id: str, folder: Path, policy: Policy | None, normalize: Ca
     except Exception as error:  # every graphics stack fails in its own way
         raise bad_input(
             f"--capture-video: this machine cannot render {env_id} ({brief(error)}): "
-            "install EGL or OSMesa and set MUJOCO_GL to egl or osmesa, or leave it out"
+            "install what is missing (MUJOCO_GL chooses egl or osmesa), or leave it out"
         ) from None
     if policy is not None:
         env = gym.wrappers.RecordVideo(env, str(folder), name_prefix="evaluation", disable_logger=True)
@@ -1399,7 +1411,7 @@ def offline_pretrain(args: Args, run: Run, agent: Agent, buffer: ReplayBuffer) -
 
     if run.begin("offline"):
         run.add_evaluation()
-    if args.offline_steps:
+    if run.step < args.offline_steps:
         update = capture(update, agent.offline_parts, buffer.rows.device)
     for step in run.steps(args.offline_steps, gradient=1):
         run.metrics |= update((step + 1) % args.policy_frequency == 0)
@@ -1444,13 +1456,12 @@ def online_pretrain(args: Args, run: Run, agent: Agent, buffer: ReplayBuffer) ->
             soft_update(critic_target, critic, args.tau)
         return {f"{name}_pretrain_loss": loss.detach()}
 
-    run.begin("online_pretrain")
     steps = 0 if args.q_on_init == "random" else args.n_pretrain
-    if steps:
+    if run.begin("online_pretrain") and not steps:
+        run.add_evaluation()
+    if run.step < steps:
         parts = {part: getattr(agent, part) for part in (name, f"{name}_target", f"{name}_optimizer")}
         update = capture(update, parts, buffer.rows.device)
-    elif not run.step:
-        run.add_evaluation()
     for step in run.steps(steps, gradient=1, evaluate="end"):
         run.metrics |= update((step + 1) % args.policy_frequency == 0)
 
@@ -1537,8 +1548,8 @@ def train(args: Args) -> float:
     if args.offline_from and not checkpoint:
         path = Path(args.offline_from)
         path = path / "offline.pt" if path.is_dir() else path
-        offline = read_saved(path, "--offline-from")
-        refuse_differences(offline["args"], args, OFFLINE_ARGS, f"--offline-from {path}")
+        offline = read_saved(path, "offline.pt", "write another --offline-from, a run's folder or its offline.pt")
+        refuse_differences(offline["args"], args, OFFLINE_ARGS, path, "leave out --offline-from")
     device = torch.device(args.device)
     if device.type == "cpu":
         tune_cpu()
@@ -1557,11 +1568,12 @@ def train(args: Args) -> float:
     dataset = dataset._replace(
         observations=normalize(dataset.observations),
         next_observations=normalize(dataset.next_observations),
-        actions=scale_actions(dataset.actions, args.env_id),
+        actions=scale_actions(dataset.actions, env),
     )
     buffer = ReplayBuffer(dataset, args.online_steps, device)
     data = {
-        "size": len(dataset.rewards),
+        "size": buffer.n_offline,
+        "crc32": zlib.crc32(buffer.rows[: buffer.n_offline].cpu().numpy()),
         "observation_mean": torch.from_numpy(mean),
         "observation_std": torch.from_numpy(std),
     }
@@ -1586,6 +1598,8 @@ def train(args: Args) -> float:
     elif offline:
         for name, part in agent.offline_parts.items():
             part.load_state_dict(offline["parts"][name])
+            if isinstance(part, torch.optim.Adam):  # the file may come from another device
+                part.param_groups[0]["capturable"] = device.type == "cuda"
         run.phase, run.evals, run.gradient_steps, run.seconds = (
             "offline",
             offline["evals"],
@@ -1599,7 +1613,8 @@ def train(args: Args) -> float:
     if run.pending("offline"):
         offline_pretrain(args, run, agent, buffer)
         parts = {name: part.state_dict() for name, part in agent.offline_parts.items()}
-        state = {"args": asdict(args), "data": data, "parts": parts, "evals": run.evals, "seconds": run.seconds}
+        state = {"kind": "offline.pt", "args": asdict(args), "data": data, "parts": parts}
+        state |= {"evals": run.evals, "seconds": run.seconds}
         write_whole(run.folder / "offline.pt", saved(state))
     if args.opt and run.pending("collect"):
         collect(args, run, collector, policy)
@@ -1610,7 +1625,7 @@ def train(args: Args) -> float:
 
     if args.save_model:
         networks = {name: part.state_dict() for name, part in agent.parts().items() if isinstance(part, nn.Module)}
-        model = {"args": asdict(args), "action_dim": buffer.widths[1], **data, **networks}
+        model = {"kind": "model.pt", "args": asdict(args), "action_dim": buffer.widths[1], **data, **networks}
         write_whole(run.folder / "model.pt", saved(model))
     if args.capture_video:
         record_video(args.env_id, run.folder, policy, normalize, args.seed)

@@ -2,6 +2,7 @@
 
 import json
 
+import h5py
 import numpy as np
 import pytest
 import td3_opt
@@ -165,6 +166,11 @@ def test_a_folder_that_holds_another_run(refused, pendulum_file, tmp_path, capsy
     refused("--dataset", resume=True, run_dir=arguments["run_dir"], dataset=other)
 
 
+def read_columns(path) -> dict[str, np.ndarray]:
+    with h5py.File(path) as file:
+        return {key: file[key][()] for key in file}
+
+
 def pendulum_like() -> dict[str, np.ndarray]:
     shapes = dict(observations=(50, 4), actions=(50, 1), rewards=(50,), next_observations=(50, 4), terminals=(50,))
     return {key: np.zeros(shape, np.float32) for key, shape in shapes.items()}
@@ -181,6 +187,14 @@ def test_offline_from_another_run(refused, pendulum_file, tmp_path, capsys):
     refused(
         "other data", dataset=str(write_file(tmp_path / "other.hdf5", pendulum_like())), offline_from=first["run_dir"]
     )
+    for name in ("checkpoint.pt", "model.pt"):
+        path = str(tmp_path / "first" / name)
+        refused(f"{name} is no offline.pt", dataset=str(pendulum_file), offline_from=path)
+    torch.save([1], tmp_path / "list.pt")
+    refused("list.pt is no offline.pt", dataset=str(pendulum_file), offline_from=str(tmp_path / "list.pt"))
+    columns = read_columns(pendulum_file)
+    relabelled = write_file(tmp_path / "relabelled.hdf5", columns | {"rewards": columns["rewards"][::-1]})
+    refused("other data", dataset=str(relabelled), offline_from=first["run_dir"])
     for damage in (b"", (tmp_path / "first" / "offline.pt").read_bytes()[:-1000]):
         (tmp_path / "damaged.pt").write_bytes(damage)
         refused("damaged.pt is damaged", dataset=str(pendulum_file), offline_from=str(tmp_path / "damaged.pt"))

@@ -200,6 +200,6 @@ def test_actions_are_scaled_in_data_and_environment_alike():
     env, plain = td3_opt.make_env("InvertedPendulum-v5"), gym.make("InvertedPendulum-v5")
     assert env.action_space.low == -1 and env.action_space.high == 1
     env.reset(seed=0), plain.reset(seed=0)
-    scaled = td3_opt.scale_actions(np.array([[1.5]], np.float32), "InvertedPendulum-v5")
+    scaled = td3_opt.scale_actions(np.array([[1.5]], np.float32), env)
     assert scaled.tolist() == [[0.5]]
     np.testing.assert_allclose(env.step(scaled[0])[0], plain.step(np.array([1.5], np.float32))[0], rtol=1e-6)
