@@ -1325,9 +1325,8 @@ def capture(update: Callable[[bool], dict], parts: dict, device: torch.device) -
         values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
         return [tensor for value in values for tensor in tensors(value)]
 
-    for (
-        part
-    ) in parts.values():  # Adam makes its moments at its first step: let it, without moving, and put its count back
+    # Adam makes its moments at its first step: let it, without moving, and put its count back
+    for part in parts.values():
         if isinstance(part, torch.optim.Adam) and not part.state:
             for parameter in part.param_groups[0]["params"]:
                 parameter.grad = torch.zeros_like(parameter)
@@ -1335,7 +1334,7 @@ def capture(update: Callable[[bool], dict], parts: dict, device: torch.device) -
             for state in part.state.values():
                 state["step"].zero_()
     live = [tensor for part in parts.values() for tensor in tensors(part.state_dict())]
-    saved, rng = [tensor.clone() for tensor in live], torch.cuda.get_rng_state()
+    values, rng = [tensor.clone() for tensor in live], torch.cuda.get_rng_state()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # PyTorch asks for a few runs on a side stream before a capture
@@ -1343,7 +1342,7 @@ def capture(update: Callable[[bool], dict], parts: dict, device: torch.device) -
             update(False)
             update(True)
     torch.cuda.current_stream().wait_stream(stream)
-    for tensor, value in zip(live, saved, strict=True):
+    for tensor, value in zip(live, values, strict=True):
         tensor.copy_(value)
     torch.cuda.set_rng_state(rng)
     graphs = {}
@@ -1477,9 +1476,8 @@ def online_finetune(
 ) -> None:
     """Phase 3: act, store, utd gradient steps of Eq. 2 (Q_off, Q_on) and Eq. 4 (policy). Vanilla: TD3 on Q_off."""
     with_q_on = args.opt and args.q_on
-    with_q_off = not (
-        with_q_on and args.kappa_init == args.kappa_end == 1
-    )  # at kappa = 1 Q_off never reaches the policy: not updated
+    # With kappa = 1 throughout, Q_off never reaches the policy: it is not updated.
+    with_q_off = not (with_q_on and args.kappa_init == args.kappa_end == 1)
     kappa = torch.zeros((), device=buffer.rows.device)
     sample = balanced.tree.sample if balanced else getattr(buffer, f"sample_{args.replay}")
     critics = [("q_off", agent.q_off, agent.q_off_target, agent.q_off_optimizer)] if with_q_off else []

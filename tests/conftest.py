@@ -9,6 +9,9 @@ import gymnasium as gym
 import h5py
 import numpy as np
 import pytest
+import torch
+
+torch.set_num_threads(1)  # as the processes that the tests start: the same numbers, and fast enough for small batches
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "algorithms"))
