@@ -8,7 +8,7 @@ import torch
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-def losses(phase: str, graphs: bool, monkeypatch) -> list[list[float]]:
+def losses(phase: str, variant: dict, graphs: bool, monkeypatch) -> list[list[float]]:
     """The losses of 200 gradient steps from one and the same state."""
     device, rng = torch.device("cuda"), np.random.default_rng(0)
     if not graphs:
@@ -22,17 +22,14 @@ def losses(phase: str, graphs: bool, monkeypatch) -> list[list[float]]:
         np.zeros(n),
     )
     data = td3_opt.Dataset(*(np.asarray(column, np.float32) for column in columns))
-    args = td3_opt.resolve(
-        td3_opt.Args(
-            env_id="hopper-medium-v2", device="cuda", offline_steps=200, n_pretrain=200, n_tau=100, online_steps=140
-        )
-    )
+    steps = dict(offline_steps=200, n_pretrain=200, n_tau=100, online_steps=140)
+    args = td3_opt.resolve(td3_opt.Args(**(dict(env_id="hopper-medium-v2", device="cuda") | steps | variant)))
     buffer = td3_opt.ReplayBuffer(data, 200, device)
     for i in range(100):
         buffer.add(*(column[i] for column in data))
     agent = td3_opt.Agent(args, 11, 3, device)
     torch.manual_seed(1)
-    balanced = td3_opt.BalancedReplay(buffer, args.batch_size, device)
+    balanced = td3_opt.BalancedReplay(buffer, args.batch_size, device) if args.opt else None
     seen = []
 
     class FakeRun:
@@ -54,6 +51,9 @@ def losses(phase: str, graphs: bool, monkeypatch) -> list[list[float]]:
     class FakeCollector:
         observation = data.observations[0]
 
+        def reset(self):
+            pass
+
         def step(self, action):
             return buffer.add(*(column[0] for column in data))
 
@@ -67,9 +67,20 @@ def losses(phase: str, graphs: bool, monkeypatch) -> list[list[float]]:
     return seen
 
 
-@pytest.mark.parametrize("phase", ["offline", "online_pretrain", "online_finetune"])
-def test_cuda_graphs_equal_the_plain_code(phase, monkeypatch):
-    plain, graphs = losses(phase, False, monkeypatch), losses(phase, True, monkeypatch)
-    assert len(plain) == len(graphs) > 30
+CASES = [
+    ("offline", {}),
+    ("online_pretrain", {}),
+    ("online_pretrain", {"meta_second_order": True}),
+    ("online_pretrain", {"q_on": False}),
+    ("online_finetune", {}),
+    ("online_finetune", {"kappa_init": 1.0, "kappa_end": 1.0}),
+    ("online_finetune", {"opt": False}),
+]
+
+
+@pytest.mark.parametrize("phase, variant", CASES, ids=str)
+def test_cuda_graphs_equal_the_plain_code(phase, variant, monkeypatch):
+    plain, graphs = (losses(phase, variant, graphs, monkeypatch) for graphs in (False, True))
+    assert len(plain) == len(graphs) >= 40
     for a, b in zip(plain, graphs, strict=True):
         assert b == pytest.approx(a, rel=1e-2, abs=1e-3)
