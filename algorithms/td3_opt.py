@@ -1298,7 +1298,7 @@ def record_video(env_id: str, folder: Path, policy: Policy | None, normalize: Ca
 
 
 def tune_cpu() -> None:
-    """Three settings that make small networks about twice as fast on a CPU and leave results in float32."""
+    """Three settings for the speed of small networks on a CPU; results stay in float32."""
     torch.set_flush_denormal(True)  # Adam's moments of dead units decay into denormals, which are slow
     try:  # glibc maps and unmaps a 256 KB activation anew at every operation: keep freed memory instead
         libc = ctypes.CDLL("libc.so.6")
