@@ -552,7 +552,7 @@ def balancing(observation: np.ndarray) -> np.ndarray:
 def test_opt_learns_to_balance_a_pole(seed, tmp_path, monkeypatch, home):
     """90% of the maximal return of 1000, from 2,000 random steps and 3,000 of a controller that scores some 200.
 
-    The settings are the seventh that were tried, chosen on these three seeds. Of seeds 3 to 6, tried afterwards, 3 and 4
+    The settings are the seventh that were tried, chosen on these three seeds. Of seeds 3 to 6, tried later, 3 and 4
     ended at 1000, 5 and 6 at 118 and 143, from 1000 before fine-tuning: this shows that the phases work together, not
     how often so short a run succeeds.
     """
