@@ -29,6 +29,7 @@ import sys
 import threading
 import time
 import urllib.request
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -122,10 +123,11 @@ class Args:
     """TD3+BC's trade-off: lambda = bc_alpha / mean|Q|"""
 
     # The run
-    eval_freq: int = 5_000
-    """steps between evaluations: gradient steps offline, environment steps online; 0: only where a phase ends"""
-    eval_episodes: int = 10
-    """episodes of an evaluation"""
+    eval_freq: int | None = None
+    """steps between evaluations: gradient steps offline, environment steps online; 0: only where a phase ends;
+    None: 5,000, on AntMaze 50,000 (CORL)"""
+    eval_episodes: int | None = None
+    """episodes of an evaluation; None: 10, on AntMaze 100 (CORL)"""
     exp_name: str | None = None
     """name of the variant in the run's folder; None: td3_opt or td3"""
     run_dir: str | None = None
@@ -151,6 +153,29 @@ class Args:
 
 
 PROGRAM = Path(__file__).name
+ALGORITHM = "td3"
+PHASES = ("start", "offline", "collect", "online_pretrain", "online_finetune", "done")
+NORMALIZE_STATES = True  # TD3+BC
+BOUNDS = {
+    "0 or more": (
+        "seed offline_steps online_steps n_tau n_pretrain kappa_decay eval_freq checkpoint_freq",
+        lambda x: x >= 0,
+    ),
+    "1 or more": ("utd batch_size policy_frequency eval_episodes", lambda x: x >= 1),
+    "a number from 0 to 1": ("kappa_init kappa_end gamma tau", lambda x: 0 <= x <= 1),
+    "a number between 0 and 1": ("init_online_fraction", lambda x: 0 < x < 1),
+    "a positive number": ("learning_rate meta_lr bc_alpha", lambda x: 0 < x < math.inf),
+    "a number, 0 or more": ("policy_noise noise_clip exploration_noise", lambda x: 0 <= x < math.inf),
+}
+OFFLINE_ARGS = (  # what offline.pt depends on
+    "env_id", "seed", "offline_steps", "batch_size", "learning_rate", "gamma", "tau", "policy_frequency",
+    "policy_noise", "noise_clip", "bc_alpha",
+)  # fmt: skip
+
+
+def paper_values(args: Args) -> dict:
+    """The paper's values for this task of the arguments that are None."""
+    return {"replay": "balanced" if args.opt else "uniform"}
 
 
 def brief(error: BaseException) -> str:
@@ -181,9 +206,9 @@ def kappa_schedule(env_id: str, online_steps: int) -> tuple[float, int, float]:
     domain, _, kind = task.partition("-")
     if domain in MUJOCO_ENVS and kind in ("random", "medium", "medium-replay"):
         return KAPPA_SCHEDULES[kind]
-    if domain == "antmaze":
+    if env_id in ANTMAZE_TASKS:
         return KAPPA_SCHEDULES.get(task, KAPPA_SCHEDULES["antmaze"])
-    if domain in ADROIT_ENVS and kind == "cloned":
+    if env_id in ADROIT_TASKS:
         return KAPPA_SCHEDULES["adroit"]
     return 0.1, online_steps // 2, 0.9
 
@@ -192,30 +217,22 @@ def resolve(args: Args) -> Args:
     """Replace every None by the paper's value for the task and refuse what cannot work (exit 2)."""
     args = copy.copy(args)
     check_env_id(args.env_id, args.dataset)
-    args.exp_name = args.exp_name or ("td3_opt" if args.opt else "td3")
+    args.exp_name = args.exp_name or (f"{ALGORITHM}_opt" if args.opt else ALGORITHM)
     args.run_dir = args.run_dir or f"runs/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}"
-    args.replay = args.replay or ("balanced" if args.opt else "uniform")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     with_q_on = args.opt and args.q_on
-    paper = kappa_schedule(args.env_id, args.online_steps) if with_q_on else (0.0, 0, 0.0)
-    given = (args.kappa_init, args.kappa_decay, args.kappa_end)
-    if not with_q_on and any(value is not None for value in given):
+    if not with_q_on and any(value is not None for value in (args.kappa_init, args.kappa_decay, args.kappa_end)):
         raise bad_input("--kappa-* weight Q_on, which --no-opt and --no-q-on do without: leave them out")
-    args.kappa_init, args.kappa_decay, args.kappa_end = (
-        p if g is None else g for p, g in zip(paper, given, strict=True)
-    )
+    kappa = kappa_schedule(args.env_id, args.online_steps) if with_q_on else (0.0, 0, 0.0)
+    values = dict(zip(("kappa_init", "kappa_decay", "kappa_end"), kappa, strict=True)) | paper_values(args)
+    antmaze = args.env_id in ANTMAZE_TASKS
+    values |= {"eval_freq": 50_000 if antmaze else 5_000, "eval_episodes": 100 if antmaze else 10}
+    for name, value in values.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
-    counts = "seed offline_steps online_steps n_tau n_pretrain kappa_decay eval_freq checkpoint_freq"
-    bounds = {
-        "0 or more": (counts, lambda x: x >= 0),
-        "1 or more": ("utd batch_size policy_frequency eval_episodes", lambda x: x >= 1),
-        "a number from 0 to 1": ("kappa_init kappa_end gamma tau", lambda x: 0 <= x <= 1),
-        "a number between 0 and 1": ("init_online_fraction", lambda x: 0 < x < 1),
-        "a positive number": ("learning_rate meta_lr bc_alpha", lambda x: 0 < x < math.inf),
-        "a number, 0 or more": ("policy_noise noise_clip exploration_noise", lambda x: 0 <= x < math.inf),
-    }
-    for allowed, (names, holds) in bounds.items():
+    for allowed, (names, holds) in BOUNDS.items():
         for name in names.split():
             if not holds(getattr(args, name)):
                 raise bad_input(f"--{name.replace('_', '-')} is {getattr(args, name)}: write {allowed}")
@@ -253,7 +270,24 @@ MUJOCO_ENVS = {
 }
 MUJOCO_KINDS = ("random", "medium", "medium-replay", "medium-expert", "expert", "full-replay")
 MUJOCO_TASKS = tuple(f"{env}-{kind}-v2" for env in MUJOCO_ENVS for kind in MUJOCO_KINDS)
-ADROIT_ENVS = ("pen", "hammer", "door", "relocate")
+# Environment, the ant's start and its goal as (row, column) of the maze's map; one each, as D4RL evaluates.
+ANTMAZE_ENVS = {
+    "umaze": ("AntMaze_UMaze-v4", (3, 1), (1, 1)),
+    "medium": ("AntMaze_Medium-v4", (1, 1), (6, 6)),
+    "large": ("AntMaze_Large-v4", (1, 1), (7, 9)),
+}
+ANTMAZE_KINDS = ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse")
+ANTMAZE_TASKS = tuple(f"antmaze-{kind}-v2" for kind in ANTMAZE_KINDS)
+ANTMAZE_RADIUS = 0.45  # within it the goal is reached; gymnasium-robotics' own
+# Environment and time limit
+ADROIT_ENVS = {
+    "pen": ("AdroitHandPen-v1", 100),  # D4RL's; registered with 200
+    "hammer": ("AdroitHandHammer-v1", 200),
+    "door": ("AdroitHandDoor-v1", 200),
+    "relocate": ("AdroitHandRelocate-v1", 200),
+}
+ADROIT_TASKS = tuple(f"{env}-cloned-v1" for env in ADROIT_ENVS)
+TASKS = MUJOCO_TASKS + ANTMAZE_TASKS + ADROIT_TASKS
 
 # D4RL's reference returns (min, max).
 REFERENCE_RETURNS = {
@@ -280,19 +314,24 @@ def normalized_score(env_id: str, episode_return: float) -> float:
     return 100 * (episode_return - low) / (high - low)
 
 
+def import_environments(module: str = "gymnasium_robotics") -> None:
+    """Import a module that registers environments; Farama's notices of other ones stay unseen. Raises ImportError."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        importlib.import_module(module)
+
+
 def check_env_id(env_id: str, dataset: str | None) -> None:
     """Exit 2 unless `env_id` is a task whose data is known, or a Gymnasium id with a dataset of its own."""
-    if env_id in MUJOCO_TASKS:
+    if env_id in TASKS:
         return
     module, _, name = env_id.rpartition(":")  # "my_module:MyEnv-v0", as in gym.make
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # Farama's notices of other environments
-            importlib.import_module(module or "gymnasium_robotics")  # importing it registers its environments
+        import_environments(module or "gymnasium_robotics")
     except ImportError as error:
         if module:
             raise bad_input(f"--env-id {env_id}: {brief(error)}: write a module that can be imported") from None
     if name not in gym.registry:
-        near = difflib.get_close_matches(name, [*MUJOCO_TASKS, *gym.registry], n=3, cutoff=0.5) or MUJOCO_TASKS[:3]
+        near = difflib.get_close_matches(name, [*TASKS, *gym.registry], n=3, cutoff=0.5) or TASKS[:3]
         raise bad_input(f"unknown --env-id {env_id!r}: did you mean {', '.join(near)}?")
     if dataset is None:
         raise bad_input(f"--env-id {env_id} has no D4RL data: give --dataset, a D4RL-style .hdf5 file or a Minari id")
@@ -300,10 +339,27 @@ def check_env_id(env_id: str, dataset: str | None) -> None:
 
 def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     """The environment of a task, its actions scaled to [-1, 1]. Exit 2 unless observations and actions are vectors."""
-    name, kwargs = MUJOCO_ENVS[env_id.split("-")[0]] if env_id in MUJOCO_TASKS else (env_id, {})
+    name, kwargs, kind = env_id, {}, env_id.split("-")
     try:
-        env = gym.make(name, render_mode=render_mode, **kwargs)
-    except gym.error.Error as error:  # a package that the environment needs is missing, for example
+        if env_id in ANTMAZE_TASKS + ADROIT_TASKS:
+            import_environments()
+        if env_id in MUJOCO_TASKS:
+            name, kwargs = MUJOCO_ENVS[kind[0]]
+        elif env_id in ADROIT_TASKS:
+            name, kwargs["max_episode_steps"] = ADROIT_ENVS[kind[0]]
+        elif env_id in ANTMAZE_TASKS:
+            name, start, goal = ANTMAZE_ENVS[kind[1]]
+            maze = copy.deepcopy(gym.spec(name).kwargs["maze_map"])
+            maze[start[0]][start[1]], maze[goal[0]][goal[1]] = "r", "g"
+            kwargs = {"maze_map": maze, "continuing_task": False}
+        with warnings.catch_warnings(category=DeprecationWarning, action="ignore"):  # AntMaze's data is of -v4
+            env = gym.make(name, render_mode=render_mode, **kwargs)
+        if env_id in ANTMAZE_TASKS:
+            env.unwrapped.position_noise_range = 0  # the noise moves the goal, which the observation does not tell
+            env = gym.wrappers.FlattenObservation(
+                gym.wrappers.FilterObservation(env, ("achieved_goal", "observation"))  # D4RL's 2 + 27 numbers
+            )
+    except (gym.error.Error, ImportError) as error:  # a package that the environment needs is missing, for example
         raise bad_input(f"--env-id {env_id} cannot be made ({brief(error)}): install what it needs") from None
     for what, space in (("observations", env.observation_space), ("actions", env.action_space)):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
@@ -451,43 +507,83 @@ def download(url: str, path: Path, progress: bool) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read_minari(dataset_id: str, progress: bool) -> Dataset:
-    """Read a Minari dataset, downloaded if it is not in the local store.
+def minari_store() -> Path:
+    """Minari's local store."""
+    return Path(os.environ.get("MINARI_DATASETS_PATH") or "~/.minari/datasets").expanduser()
+
+
+def minari_id(env_id: str) -> str:
+    """The Minari id of an AntMaze or Adroit task; a newer version of it where only that is in the local store."""
+    domain, kind = env_id.rsplit("-v", 1)[0].split("-", 1)
+    name, first = (f"D4RL/{domain}/{kind}", 1 if domain == "antmaze" else 2)
+    ids = [f"{name}-v{version}" for version in range(first, first + 10)]
+    return next((i for i in ids if (minari_store() / i / "data").is_dir()), ids[0])
+
+
+def antmaze_goal(env_id: str) -> np.ndarray:
+    """The x-y of the one goal of a task's evaluation environment, [2]."""
+    env = make_env(env_id)
+    env.reset()
+    goal = env.unwrapped.goal.copy()
+    env.close()
+    return goal
+
+
+def relabel_antmaze(positions: np.ndarray, goal: np.ndarray) -> tuple[int, np.ndarray]:
+    """D4RL's rewards for the one evaluation goal, from the ant's x-y positions [T + 1, 2].
+
+    Returns how many of the T steps are left (the episode ends at its first success) and their rewards, which are 1 at
+    the success, else 0. What Minari stored refers to the goal of each episode, which the observation does not tell.
+    """
+    reached = np.linalg.norm(positions[1:] - goal, axis=1) <= ANTMAZE_RADIUS
+    steps = int(reached.argmax()) + 1 if reached.any() else len(reached)
+    return steps, reached[:steps].astype(np.float32)
+
+
+def read_minari(dataset_id: str, env_id: str, progress: bool) -> Dataset:
+    """Read a Minari dataset, downloaded if it is not in the local store; AntMaze's is made D4RL's (see README).
 
     A flat copy is kept in the cache, because Minari reads a group an episode; it is renewed when the dataset changes.
     """
-    root = Path(os.environ.get("MINARI_DATASETS_PATH") or "~/.minari/datasets").expanduser() / dataset_id
-    if not (root / "data").is_dir():
+    root, antmaze = minari_store() / dataset_id, env_id in ANTMAZE_TASKS
+    path = cache_path(f"minari--{dataset_id}" + (f"--{env_id}" if antmaze else ""))
+    stored = (root / "data").is_dir()
+    if not stored and not path.exists():
         try:
             minari.download_dataset(dataset_id)
         except Exception as error:  # whatever the remote's client raises: without network, or for an unknown id
             raise bad_input(
-                f"--dataset {dataset_id} is no file, not in the local Minari store ({root}), and could not be "
-                f"downloaded ({brief(error)}): write a path to an .hdf5 file, or an id that `minari list remote` shows"
+                f"no data for {env_id}: {dataset_id} is no file, not in the local Minari store ({root}), and could not "
+                f"be downloaded ({brief(error)}). Three ways to get it: --dataset FILE.hdf5 in D4RL's form; --dataset "
+                "and an id that `minari list local` shows; or run once with network, to download it"
             ) from None
     files = sorted(file for file in (root / "data").rglob("*") if file.is_file())
     source = " ".join(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
-    path = cache_path(f"minari--{dataset_id}")
     if path.exists():
         with h5py.File(path, "r") as file:
-            fresh = file.attrs["source"] == source
+            fresh = not stored or file.attrs["source"] == source
         if fresh:
             return read_hdf5(path)
-    columns: dict[str, list] = {key: [] for key in (*Dataset._fields, "timeouts")}
+    columns: dict[str, list] = {key: [] for key in Dataset._fields}
+    goal = antmaze_goal(env_id) if antmaze else None
     try:
         episodes = minari.load_dataset(dataset_id)
         bar = tqdm(episodes, total=len(episodes), desc=f"reading {dataset_id}", unit="episode", disable=not progress)
         for episode in bar:
-            if isinstance(episode.observations, dict) or isinstance(episode.actions, dict):
+            observations, rewards, terminals = episode.observations, episode.rewards, episode.terminations
+            if antmaze:
+                steps, rewards = relabel_antmaze(observations["achieved_goal"], goal)
+                terminals = rewards
+                observations = np.hstack([observations["achieved_goal"], observations["observation"]])[: steps + 1]
+            if isinstance(observations, dict) or isinstance(episode.actions, dict):
                 raise bad_input(
                     f"--dataset {dataset_id} has dict observations or actions: write one whose spaces are Boxes"
                 )
-            columns["observations"].append(np.asarray(episode.observations[:-1], np.float32))
-            columns["next_observations"].append(np.asarray(episode.observations[1:], np.float32))
-            columns["actions"].append(np.asarray(episode.actions, np.float32))
-            columns["rewards"].append(np.asarray(episode.rewards, np.float32))
-            columns["terminals"].append(np.asarray(episode.terminations, bool))
-            columns["timeouts"].append(np.asarray(episode.truncations, bool))
+            columns["observations"].append(np.asarray(observations[:-1], np.float32))
+            columns["next_observations"].append(np.asarray(observations[1:], np.float32))
+            columns["actions"].append(np.asarray(episode.actions[: len(rewards)], np.float32))
+            columns["rewards"].append(np.asarray(rewards, np.float32))
+            columns["terminals"].append(np.asarray(terminals, bool))
     except Exception as error:  # Minari has no error of its own for a dataset that is half written
         raise bad_input(
             f"the Minari dataset {root} cannot be read ({brief(error)}): delete it and get it again"
@@ -499,8 +595,8 @@ def read_minari(dataset_id: str, progress: bool) -> Dataset:
 def load_dataset(env_id: str, dataset: str | None = None, progress: bool = True) -> Dataset:
     """The offline data of a task.
 
-    First hit wins: `dataset` (a file or a Minari id), D4RL's cache, the scripts' cache, regeneration of a random set,
-    D4RL's server. Exit 2 where there is none, and for data that is damaged.
+    First hit wins: `dataset` (a file or a Minari id), D4RL's cache, the scripts' cache, the local Minari store,
+    regeneration of a random set, download. Exit 2 where there is none, and for data that is damaged.
     """
     if dataset is not None:
         path = Path(dataset).expanduser()
@@ -510,13 +606,19 @@ def load_dataset(env_id: str, dataset: str | None = None, progress: bool = True)
             raise bad_input(
                 f"--dataset {dataset} is not a file: write the path of a D4RL-style .hdf5 file, or a Minari id"
             )
-        return read_minari(dataset, progress)
-    name = env_id.removesuffix("-v2").replace("-", "_") + "-v2.hdf5"
+        return read_minari(dataset, env_id, progress)
+    if env_id in ANTMAZE_TASKS:  # D4RL's own files are no help: their mazes have another origin
+        return read_minari(minari_id(env_id), env_id, progress)
+    name = f"{env_id}.hdf5"
+    if env_id in MUJOCO_TASKS:
+        name = env_id.removesuffix("-v2").replace("-", "_") + "-v2.hdf5"
     d4rl_cache = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser() / name
     own_cache = cache_path(env_id)
     for path in (d4rl_cache, own_cache):
         if path.exists():
             return read_hdf5(path)
+    if env_id in ADROIT_TASKS:
+        return read_minari(minari_id(env_id), env_id, progress)
     try:
         if env_id.endswith("-random-v2"):
             regenerate_random(env_id, own_cache, progress)
@@ -886,7 +988,6 @@ class Run:
         "seconds",
     )
     SPEED = ("phase", "gradient_steps", "env_steps", "seconds", "gradient_steps_per_second")
-    PHASES = ("start", "offline", "collect", "online_pretrain", "online_finetune", "done")
     LOG_FREQ = 1_000  # gradient steps between two points of a TensorBoard curve
 
     def __init__(self, args: Args):
@@ -954,14 +1055,14 @@ class Run:
 
     def pending(self, phase: str) -> bool:
         """Whether a phase is still to be run, or to be gone on with."""
-        return self.PHASES.index(self.phase) <= self.PHASES.index(phase)
+        return PHASES.index(self.phase) <= PHASES.index(phase)
 
     def begin(self, phase: str) -> bool:
         """Enter a phase, with a seed of its own so that it is the same after any other; False where it goes on."""
         if self.phase == phase:
             return False
         self.phase, self.step, self.phase_seconds, self.metrics = phase, 0, 0.0, {}
-        torch.manual_seed(self.args.seed + 10_000 * self.PHASES.index(phase))
+        torch.manual_seed(self.args.seed + 10_000 * PHASES.index(phase))
         return True
 
     def steps(
@@ -1260,14 +1361,15 @@ def evaluate(policy: Policy, env: gym.Env, normalize: Callable, env_id: str, epi
     returns, lengths, successes = [], [], []
     for episode in range(episodes):
         observation, _ = env.reset(seed=seed + 1_000_000 + episode)
-        total, length, done = 0.0, 0, False
+        total, length, done, success = 0.0, 0, False, False
         while not done:
             observation, reward, terminated, truncated, info = env.step(policy(normalize(observation)))
             total, length, done = total + float(reward), length + 1, terminated or truncated
+            success |= bool(info.get("success", info.get("is_success", False)))
         returns.append(total)
         lengths.append(length)
         if "success" in info or "is_success" in info:
-            successes.append(bool(info.get("success", info.get("is_success"))))
+            successes.append(success)
     return {
         "normalized_score": round(normalized_score(env_id, float(np.mean(returns))), 4),
         "return_mean": round(float(np.mean(returns)), 4),
@@ -1416,10 +1518,10 @@ def offline_pretrain(args: Args, run: Run, agent: Agent, buffer: ReplayBuffer) -
         run.metrics |= update((step + 1) % args.policy_frequency == 0)
 
 
-def explore(policy: Policy, observation: np.ndarray, noise: float) -> np.ndarray:
+def explore(args: Args, policy: Policy, observation: np.ndarray) -> np.ndarray:
     """The policy's action with Gaussian exploration noise, in [-1, 1]."""
     action = policy(observation)
-    return np.clip(action + noise * torch.randn(action.shape).numpy(), -1, 1)
+    return np.clip(action + args.exploration_noise * torch.randn(action.shape).numpy(), -1, 1)
 
 
 def collect(args: Args, run: Run, collector: Collector, policy: Policy) -> None:
@@ -1428,7 +1530,7 @@ def collect(args: Args, run: Run, collector: Collector, policy: Policy) -> None:
         collector.reset()
     policy.refresh()
     for _ in run.steps(args.n_tau, env=1, evaluate="never"):
-        collector.step(explore(policy, collector.observation, args.exploration_noise))
+        collector.step(explore(args, policy, collector.observation))
 
 
 def online_pretrain(args: Args, run: Run, agent: Agent, buffer: ReplayBuffer) -> None:
@@ -1516,7 +1618,7 @@ def online_finetune(
     update = capture(update, parts, buffer.rows.device)
     for step in run.steps(args.online_steps - (args.n_tau if args.opt else 0), env=1, gradient=args.utd):
         policy.refresh()
-        row = collector.step(explore(policy, collector.observation, args.exploration_noise))
+        row = collector.step(explore(args, policy, collector.observation))
         if balanced:
             balanced.add(row)
         if with_q_on:  # Table 15 counts the environment steps of the online phase: the first n_tau are among them
@@ -1524,12 +1626,6 @@ def online_finetune(
             kappa.fill_(run.metrics["kappa"])
         for i in range(step * args.utd, (step + 1) * args.utd):
             run.metrics |= update((i + 1) % args.policy_frequency == 0)
-
-
-OFFLINE_ARGS = (
-    "env_id", "seed", "offline_steps", "batch_size", "learning_rate", "gamma", "tau", "policy_frequency",
-    "policy_noise", "noise_clip", "bc_alpha",
-)  # fmt: skip
 
 
 def train(args: Args) -> float:
@@ -1553,9 +1649,14 @@ def train(args: Args) -> float:
         tune_cpu()
     dataset = load_dataset(args.env_id, args.dataset, args.progress)
     check_dataset(dataset, env, args)
+    if args.env_id in ANTMAZE_TASKS:  # -1 a step until the goal is reached; evaluation counts D4RL's 0 and 1
+        dataset = dataset._replace(rewards=dataset.rewards - 1)
+        env = gym.wrappers.TransformReward(env, lambda reward: reward - 1)
 
-    mean = dataset.observations.mean(0, dtype=np.float64).astype(np.float32)
-    std = dataset.observations.std(0, dtype=np.float64).astype(np.float32) + np.float32(1e-3)  # TD3+BC
+    mean, std = np.zeros(dataset.observations.shape[1], np.float32), np.ones(dataset.observations.shape[1], np.float32)
+    if NORMALIZE_STATES:
+        mean = dataset.observations.mean(0, dtype=np.float64).astype(np.float32)
+        std = dataset.observations.std(0, dtype=np.float64).astype(np.float32) + np.float32(1e-3)
 
     def normalize(observations: np.ndarray) -> np.ndarray:
         """The same numbers offline and online."""
@@ -1566,7 +1667,7 @@ def train(args: Args) -> float:
     dataset = dataset._replace(
         observations=normalize(dataset.observations),
         next_observations=normalize(dataset.next_observations),
-        actions=scale_actions(dataset.actions, env),
+        actions=scale_actions(dataset.actions, evaluation_env),
     )
     buffer = ReplayBuffer(dataset, args.online_steps, device)
     data = {
@@ -1598,13 +1699,8 @@ def train(args: Args) -> float:
             part.load_state_dict(offline["parts"][name])
             if isinstance(part, torch.optim.Adam):  # the file may come from another device
                 part.param_groups[0]["capturable"] = device.type == "cuda"
-        run.phase, run.evals, run.gradient_steps, run.seconds = (
-            "offline",
-            offline["evals"],
-            args.offline_steps,
-            offline["seconds"],
-        )
-        run.step = args.offline_steps
+        run.phase, run.step = "offline", args.offline_steps
+        run.evals, run.gradient_steps, run.seconds = (offline[key] for key in ("evals", "gradient_steps", "seconds"))
     del checkpoint, offline
     run.open()
 
@@ -1612,7 +1708,7 @@ def train(args: Args) -> float:
         offline_pretrain(args, run, agent, buffer)
         parts = {name: part.state_dict() for name, part in agent.offline_parts.items()}
         state = {"kind": "offline.pt", "args": asdict(args), "data": data, "parts": parts}
-        state |= {"evals": run.evals, "seconds": run.seconds}
+        state |= {"evals": run.evals, "gradient_steps": run.gradient_steps, "seconds": run.seconds}
         write_whole(run.folder / "offline.pt", saved(state))
     if args.opt and run.pending("collect"):
         collect(args, run, collector, policy)
