@@ -66,7 +66,7 @@ def test_data_that_is_nowhere(refused, monkeypatch):
     monkeypatch.setattr(
         td3_opt.minari, "download_dataset", lambda name: (_ for _ in ()).throw(ConnectionError("no network"))
     )
-    refused("local Minari store", "minari list remote", dataset="nobody/nothing-v0")
+    refused("local Minari store", "minari list local", dataset="nobody/nothing-v0")
 
 
 @pytest.mark.parametrize("key", ["observations", "actions", "rewards", "terminals"])

@@ -1,0 +1,54 @@
+"""The scripts stand alone, so what they share is in each of them: word for word the same."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+SCRIPTS = sorted((ROOT / "algorithms").glob("*_opt.py"))
+FIRST = ROOT / "algorithms" / "td3_opt.py"
+
+# What an algorithm has of its own. Any other name that two scripts define must mean the same text.
+DIFFERENT = {
+    "Args", "ALGORITHM", "PHASES", "NORMALIZE_STATES", "BOUNDS", "OFFLINE_ARGS", "paper_values", "Actor", "Critic",
+    "Agent", "explore", "offline_pretrain", "online_pretrain", "online_finetune", "policy_loss",
+}  # fmt: skip
+
+
+def definitions(path: Path) -> dict[str, str]:
+    """Every function, class and constant at the top level with its text, decorators and the comments above it."""
+    source = path.read_text()
+    lines, found = source.splitlines(), {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            name = node.name
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+        else:
+            continue
+        start = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]) - 1
+        while lines[start - 1].startswith("#"):
+            start -= 1
+        found[name] = "\n".join(lines[start : node.end_lineno])
+    return found
+
+
+@pytest.mark.parametrize("path", [path for path in SCRIPTS if path != FIRST], ids=lambda path: path.name)
+def test_common_definitions_are_the_same_text(path):
+    first, other = definitions(FIRST), definitions(path)
+    common = (first.keys() & other.keys()) - DIFFERENT
+    assert {"load_dataset", "make_env", "ReplayBuffer", "BalancedReplay", "Run", "evaluate", "train"} <= common
+    assert [name for name in sorted(common) if first[name] != other[name]] == []
+
+
+def test_scripts_import_packages_only():
+    for path in SCRIPTS:
+        imported = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0
+                imported.add(node.module.split(".")[0])
+        assert not imported & {script.stem for script in SCRIPTS} | imported & {"tests", "algorithms", "report"}
