@@ -1,0 +1,322 @@
+"""SPOT's own formulas and phases. What it shares with td3_opt.py is tested there."""
+
+import copy
+import csv
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import spot_opt
+import torch
+from spot_opt import Args
+
+SHORT = dict(env_id="InvertedPendulum-v5", vae_steps=12, offline_steps=20, online_steps=60, n_tau=30, n_pretrain=16)
+SHORT |= dict(batch_size=16, eval_episodes=1, eval_freq=0, progress=False)
+
+
+def normal_kl(mean, std):
+    p, q = torch.distributions.Normal(mean, std), torch.distributions.Normal(torch.zeros(()), torch.ones(()))
+    return torch.distributions.kl_divergence(p, q)
+
+
+class LinearVAE:
+    """q(z | s, a) is fixed, the decoder linear: its expected reconstruction error has a closed form."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        self.mean, self.log_std = torch.randn(4, 6, generator=generator), torch.randn(4, 6, generator=generator) / 2
+        self.weight = torch.randn(6, 3, generator=generator)
+
+    def encode(self, observations, actions):
+        n = len(actions) // 4
+        return self.mean.repeat(n, 1), self.log_std.repeat(n, 1)
+
+    def decode(self, observations, latents):
+        return latents @ self.weight
+
+
+def test_elbo_loss_against_its_closed_form_on_a_linear_decoder():
+    vae = LinearVAE()
+    observations, actions = torch.zeros(4, 2), torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
+    std = vae.log_std.exp()
+    # E (zW - a)^2 = (mW - a)^2 + s^2 W^2 for each dimension of the action
+    error = (vae.mean @ vae.weight - actions) ** 2 + std**2 @ vae.weight**2
+    expected = error.mean(1) + 0.3 * normal_kl(vae.mean, std).mean(1)
+    torch.manual_seed(2)
+    samples = spot_opt.elbo_loss(vae, observations.repeat(50_000, 1), actions.repeat(50_000, 1), 0.3)
+    torch.testing.assert_close(samples.view(-1, 4).mean(0), expected, rtol=0.02, atol=0)
+    assert samples.view(-1, 4).std(0).min() > 0.1  # it does sample
+    only_kl = spot_opt.elbo_loss(vae, observations, actions, 1.3) - spot_opt.elbo_loss(vae, observations, actions, 0.3)
+    assert only_kl.shape == (4,)
+
+
+def test_elbo_loss_weights_the_divergence():
+    vae = LinearVAE()
+    losses = []
+    for weight in (0.0, 2.0):
+        torch.manual_seed(3)
+        losses.append(spot_opt.elbo_loss(vae, torch.zeros(4, 2), torch.zeros(4, 3), weight))
+    torch.testing.assert_close(losses[1] - losses[0], 2 * normal_kl(vae.mean, vae.log_std.exp()).mean(1))
+
+
+def test_vae_clamps_the_log_standard_deviation_and_decodes_into_the_action_range():
+    torch.manual_seed(0)
+    vae = spot_opt.VAE(5, 3)
+    with torch.no_grad():
+        vae.encoder[-1].bias[6:9], vae.encoder[-1].bias[9:] = 100, -100
+    mean, log_std = vae.encode(torch.randn(7, 5), torch.randn(7, 3))
+    assert mean.shape == log_std.shape == (7, 6)  # latent: twice the action's
+    assert (log_std[:, :3] == 15).all() and (log_std[:, 3:] == -4).all()
+    actions = vae.decode(torch.randn(7, 5), 1e6 * torch.randn(7, 6))
+    assert actions.shape == (7, 3) and actions.abs().max() <= 1
+    widths = [tuple(layer.weight.shape) for layer in (*vae.encoder, *vae.decoder) if hasattr(layer, "weight")]
+    assert widths == [(750, 8), (750, 750), (12, 750), (750, 11), (750, 750), (3, 750)]
+
+
+@pytest.mark.parametrize("step, share", [(0, 1.0), (25, 0.75), (50, 0.5), (75, 0.25), (80, 0.2), (100, 0.2)])
+def test_cooling(step, share):
+    assert spot_opt.lambda_at(step, 0.05, 0.2, 100) == pytest.approx(0.05 * share)
+
+
+def test_policy_loss_normalises_the_mixed_value_by_its_own_size():
+    rng = np.random.default_rng(0)
+    q_off, q_on, elbo = rng.normal(3, 5, 64), rng.normal(-9, 5, 64), rng.uniform(0, 1, 64)
+    mixed = 0.3 * q_off + 0.7 * q_on
+    expected = -mixed.mean() / np.abs(mixed).mean() + 0.25 * elbo.mean()
+    off, on = torch.tensor(q_off, requires_grad=True), torch.tensor(q_on, requires_grad=True)
+    loss = spot_opt.policy_loss(spot_opt.mixed_value(off, on, 0.7), torch.tensor(elbo), 0.25)
+    assert loss.item() == pytest.approx(expected)
+    gradients = torch.autograd.grad(loss, (off, on))  # the norm is a constant to the gradient
+    for gradient, share in zip(gradients, (0.3, 0.7), strict=True):
+        np.testing.assert_allclose(gradient.numpy(), -share / 64 / np.abs(mixed).mean())
+    assert spot_opt.mixed_value(off, None, 0.7) is off and spot_opt.mixed_value(None, on, 1.0) is on
+
+
+def test_networks_with_layer_norm_are_plain_networks():
+    torch.manual_seed(0)
+    critic = spot_opt.Critic(5, 3, layer_norm=True)
+    with torch.no_grad():
+        for norm in critic.norms:
+            norm.weight.uniform_(0.5, 2), norm.bias.uniform_(-1, 1)
+    observations, actions = torch.randn(9, 5), torch.randn(9, 3)
+    for members in (1, 2):
+        values = critic(observations, actions, members=members)
+        for i in range(members):
+            layers = []
+            for linear, norm in zip(critic.layers, [*critic.norms, None], strict=True):
+                plain = torch.nn.Linear(*linear.weight[i].shape)
+                plain.weight.data, plain.bias.data = linear.weight[i].T, linear.bias[i, 0]
+                layers.append(plain)
+                if norm is not None:
+                    layers += [torch.nn.LayerNorm(256), torch.nn.ReLU()]
+                    layers[-2].weight.data, layers[-2].bias.data = norm.weight[i, 0], norm.bias[i, 0]
+            expected = torch.nn.Sequential(*layers)(torch.cat([observations, actions], 1)).squeeze(1)
+            torch.testing.assert_close(values[i], expected, rtol=1e-4, atol=1e-5)
+    kinds = [type(layer).__name__ for layer in spot_opt.Actor(5, 3, layer_norm=True).network]
+    assert kinds == ["Linear", "LayerNorm", "ReLU"] * 2 + ["Linear", "Tanh"]
+
+
+def test_values_of_the_tasks():
+    def values(env_id):
+        args = spot_opt.resolve(Args(env_id=env_id))
+        return (
+            args.lambda_init,
+            args.lambda_end,
+            args.layer_norm,
+            args.gamma,
+            args.online_gamma,
+            args.utd,
+            args.kappa_decay,
+        )
+
+    lambdas = {"umaze": 0.25, "umaze-diverse": 0.25, "medium-play": 0.05, "medium-diverse": 0.025}
+    lambdas |= {"large-play": 0.025, "large-diverse": 0.025}
+    for kind, weight in lambdas.items():
+        decay = 200_000 if kind == "large-diverse" else 100_000
+        assert values(f"antmaze-{kind}-v2") == (weight, 0.2, False, 0.99, 0.995, 1, decay)
+    for task in ("pen", "hammer", "door", "relocate"):
+        assert values(f"{task}-cloned-v1") == (1, 0.5, True, 0.99, 0.99, 1, 250_000)
+    assert values("hopper-medium-v2") == (1, 0.5, False, 0.99, 0.99, 1, 150_000)
+
+
+@pytest.fixture
+def watched(monkeypatch, pendulum_file, tmp_path, home):
+    """Train in this process, with a copy of all parts at the start of every phase and at the end."""
+    monkeypatch.setenv("HOME", str(home))
+    begin = spot_opt.Run.begin
+
+    def watched(**arguments) -> dict[str, dict]:
+        states = {}
+
+        def watch(self, phase):
+            if self.parts:
+                states[phase] = copy.deepcopy({name: part.state_dict() for name, part in self.parts.items()})
+            return begin(self, phase)
+
+        monkeypatch.setattr(spot_opt.Run, "begin", watch)
+        spot_opt.train(Args(**(SHORT | arguments), dataset=str(pendulum_file), run_dir=str(tmp_path / "run")))
+        return states
+
+    return watched
+
+
+def tensors(state, name: str = "") -> dict[str, torch.Tensor]:
+    if isinstance(state, torch.Tensor):
+        return {name: state}
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list) else ()
+    return {key: tensor for k, value in items for key, tensor in tensors(value, f"{name}/{k}").items()}
+
+
+def changed(before: dict, after: dict) -> set[str]:
+    def equal(a, b):
+        a, b = tensors(a), tensors(b)
+        return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+    return {name for name in before if not equal(before[name], after[name])} - {"buffer", "collector", "balanced"}
+
+
+def updates(state: dict) -> set[int]:
+    return {int(s["step"]) for s in state["state"].values()}
+
+
+Q_OFF, Q_ON = ({name, f"{name}_target", f"{name}_optimizer"} for name in ("q_off", "q_on"))
+POLICY = {"actor", "actor_target", "actor_optimizer"}
+
+
+def test_what_each_phase_changes(watched):
+    """Bit for bit: the VAE's phase only the VAE, which is frozen from then on; collection nothing; and so on."""
+    states = watched()
+    vae = {"vae", "vae_optimizer"}
+    assert changed(states["vae"], states["offline"]) == vae
+    assert changed(states["offline"], states["collect"]) == Q_OFF | POLICY
+    assert changed(states["collect"], states["online_pretrain"]) == set()
+    assert changed(states["online_pretrain"], states["online_finetune"]) == Q_ON | {
+        "actor_optimizer",
+        "q_off_optimizer",
+    }
+    assert changed(states["online_finetune"], states["done"]) == Q_OFF | Q_ON | POLICY
+    # the optimisers of the offline phase start anew online: 30 steps, of which 15 move the policy
+    assert updates(states["collect"]["q_off_optimizer"]) == {20} and updates(states["done"]["q_off_optimizer"]) == {30}
+    assert updates(states["collect"]["actor_optimizer"]) == {10} and updates(states["done"]["actor_optimizer"]) == {15}
+    assert updates(states["done"]["q_on_optimizer"]) == {46} and updates(states["done"]["vae_optimizer"]) == {12}
+
+
+def test_vanilla_resets_its_optimisers_where_it_goes_online(watched):
+    states = watched(opt=False)
+    assert changed(states["online_finetune"], states["done"]) == Q_OFF | POLICY
+    assert updates(states["online_finetune"]["q_off_optimizer"]) == {20} and updates(
+        states["done"]["q_off_optimizer"]
+    ) == {60}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"q_on": False}, {"q_on_init": "random"}, {"replay": "symmetric"}, {"kappa_init": 1.0, "kappa_end": 1.0}],
+    ids=str,
+)
+def test_switches(watched, arguments):
+    states = watched(**arguments)
+    pretrained = changed(states["online_pretrain"], states["online_finetune"]) - {"actor_optimizer"}
+    tuned = changed(states["online_finetune"], states["done"])
+    if "q_on" in arguments:
+        assert pretrained == Q_OFF and tuned == Q_OFF | POLICY and "q_on" not in states["done"]
+        assert updates(states["done"]["q_off_optimizer"]) == {46}
+    elif "q_on_init" in arguments:
+        assert pretrained == {"q_off_optimizer"} and tuned == Q_OFF | Q_ON | POLICY
+    elif "replay" in arguments:
+        assert "balanced" not in states["done"] and tuned == Q_OFF | Q_ON | POLICY
+    else:
+        assert tuned == Q_ON | POLICY  # at kappa = 1 Q_off costs nothing
+
+
+def test_discount_and_constraint_change_where_the_run_goes_online(watched, monkeypatch):
+    gammas, weights = [], []
+    td_target, policy_loss = spot_opt.td_target, spot_opt.policy_loss
+    monkeypatch.setattr(
+        spot_opt, "td_target", lambda q, b, a, gamma: (gammas.append(gamma), td_target(q, b, a, gamma))[1]
+    )
+    monkeypatch.setattr(spot_opt, "policy_loss", lambda q, e, w: (weights.append(float(w)), policy_loss(q, e, w))[1])
+    watched(gamma=0.9, online_gamma=0.95, lambda_init=0.5, lambda_end=0.4)
+    assert gammas == [0.9] * 20 + [0.95] * (16 + 2 * 30)
+    cooled = [0.5 * max(0.4, 1 - step / 60) for step in range(31, 60, 2)]  # every second gradient step, at 31, 33, ...
+    assert weights == pytest.approx([0.5] * 10 + cooled, abs=1e-6)
+
+
+def rows(folder: Path) -> list[dict]:
+    with open(folder / "evals.csv", newline="") as file:
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+
+
+KILL = """
+import os, signal, sys
+sys.path.insert(0, {folder!r})
+import spot_opt, tyro
+steps = spot_opt.Run.steps
+def killed(self, *args, **kwargs):
+    for step in steps(self, *args, **kwargs):
+        if (self.phase, step) == ({phase!r}, {step}):
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield step
+spot_opt.Run.steps = killed
+spot_opt.train(tyro.cli(spot_opt.Args))
+"""
+
+
+@pytest.fixture
+def command(pendulum_file, home, tmp_path):
+    def command(name: str, *arguments, kill: tuple | None = None) -> int:
+        flags = [f"--{key.replace('_', '-')}={value}" for key, value in SHORT.items() if key != "progress"]
+        flags += ["--no-progress", f"--dataset={pendulum_file}", f"--run-dir={tmp_path / name}", *arguments]
+        script = [spot_opt.__file__]
+        if kill:
+            script = ["-c", KILL.format(folder=str(Path(spot_opt.__file__).parent), phase=kill[0], step=kill[1])]
+        environment = os.environ | {"HOME": str(home), "OMP_NUM_THREADS": "1"}
+        return subprocess.run([sys.executable, *script, *flags], env=environment, capture_output=True).returncode
+
+    return command
+
+
+def test_resume_and_repetition_are_bit_for_bit(command, tmp_path):
+    """Killed in every phase, one after the other, and resumed each time."""
+    assert command("whole") == 0 and command("again") == 0 and command("other", "--seed=1") == 0
+    steps = {"vae": 7, "offline": 13, "collect": 17, "online_pretrain": 11, "online_finetune": 21}
+    for kill in steps.items():
+        assert command("run", "--checkpoint-freq=5", "--resume", kill=kill) == -signal.SIGKILL
+        assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["phase"] == kill[0]
+    assert command("run", "--checkpoint-freq=5", "--resume") == 0
+    weights = {
+        name: tensors(torch.load(tmp_path / name / "model.pt", weights_only=True))
+        for name in ("whole", "again", "run", "other")
+    }
+    for name in ("again", "run"):
+        assert rows(tmp_path / name) == rows(tmp_path / "whole")
+        assert all(torch.equal(weights[name][key], weights["whole"][key]) for key in weights["whole"])
+    assert rows(tmp_path / "other") != rows(tmp_path / "whole")
+    assert command("vanilla", "--no-opt") == 0
+    assert command("shared", "--offline-from", str(tmp_path / "vanilla")) == 0
+    assert rows(tmp_path / "shared") == rows(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "words, arguments",
+    [
+        (("--vae-steps", "0 or more"), {"vae_steps": -1}),
+        (("--lambda-init", "0 or more"), {"lambda_init": -0.1}),
+        (("--lambda-end", "from 0 to 1"), {"lambda_end": 1.5}),
+        (("--online-gamma", "from 0 to 1"), {"online_gamma": 2.0}),
+        (("--n-tau", "--online-steps"), {"n_tau": 60}),
+        (("--kappa-init", "from 0 to 1"), {"kappa_init": 1.5}),
+        (("antmaze-umaze-v2",), {"env_id": "antmaze-umase-v2", "dataset": None}),
+    ],
+    ids=str,
+)
+def test_bad_input(words, arguments, pendulum_file, tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        spot_opt.train(Args(**(SHORT | {"dataset": str(pendulum_file), "run_dir": str(tmp_path / "run")} | arguments)))
+    message = capsys.readouterr().err
+    assert error.value.code == 2 and message.startswith("spot_opt.py: ") and message.count("\n") == 1
+    assert all(word in message for word in words), message
