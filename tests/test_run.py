@@ -593,3 +593,43 @@ def test_a_disk_that_fills_up_ends_the_run_with_one_line_and_a_whole_checkpoint(
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
     assert run(*arguments, "--resume").returncode == 0
     assert timeless(tmp_path / "run") == timeless(whole) and same_weights(tmp_path / "run", whole)
+
+
+def test_estimation_bias_against_a_reference(whole, run, home, pendulum_file, tmp_path):
+    """The run repeated with its own last model as reference ends with no bias in Q_on; Q_off's is worked out here."""
+    arguments = (*SHORT, "--dataset", pendulum_file, "--reference-model", whole / "model.pt")
+    assert run(*arguments, "--run-dir", tmp_path / "run").returncode == 0
+    assert timeless(tmp_path / "run") == timeless(whole) and same_weights(tmp_path / "run", whole)
+    bias = rows(tmp_path / "run", "bias.csv")
+    assert list(bias[0]) == list(td3_opt.Run.BIAS)
+    evaluations = [(row["phase"], row["env_steps"], row["gradient_steps"]) for row in rows(whole)]
+    assert [(row["phase"], row["env_steps"], row["gradient_steps"]) for row in bias[::10]] == evaluations
+    assert [row["pair"] for row in bias[-10:]] == [str(pair) for pair in range(10)]
+    model = torch.load(whole / "model.pt", weights_only=True)
+    actor, q_off, q_on = td3_opt.Actor(4, 1), td3_opt.Critic(4, 1), td3_opt.Critic(4, 1)
+    for name, network in (("actor", actor), ("q_off", q_off), ("q_on", q_on)):
+        network.load_state_dict(model[name])
+    env = gym.make("InvertedPendulum-v5")
+    for pair, row in enumerate(bias[-10:]):
+        state = torch.tensor(env.reset(seed=2_000_000 + pair)[0], dtype=torch.float32)
+        state = ((state - model["observation_mean"]) / model["observation_std"])[None]
+        with torch.no_grad():
+            action = actor(state)
+            difference = float((q_off(state, action) - q_on(state, action))[0])
+        assert float(row["q_on_bias"]) == 0
+        assert float(row["q_off_bias"]) == pytest.approx(difference, abs=1e-3)
+        assert float(row["q_mix_bias"]) == pytest.approx(0.1 * difference, abs=1e-3)  # kappa ends at 0.9
+    assert any(abs(float(row["q_on_bias"])) > 1e-3 for row in bias[:10])
+    vanilla = (*SHORT, "--no-opt", "--dataset", pendulum_file, "--reference-model", whole / "model.pt")
+    arguments = (*vanilla, "--run-dir", tmp_path / "vanilla", "--checkpoint-freq", 14)
+    assert run_killed_at("online_finetune", 27, "SIGKILL", home, *arguments)[0] == -signal.SIGKILL
+    assert run(*arguments, "--resume").returncode == 0
+    bias = rows(tmp_path / "vanilla", "bias.csv")
+    assert len(bias) == 10 * len(rows(tmp_path / "vanilla"))
+    assert all(row["q_on_bias"] == "" and row["q_mix_bias"] == row["q_off_bias"] != "" for row in bias)
+
+
+def test_a_reference_that_does_not_fit(whole, run, pendulum_file, tmp_path):
+    for path, word in ((whole / "offline.pt", "model.pt"), (tmp_path / "none.pt", "does not exist")):
+        result = run(*SHORT, "--dataset", pendulum_file, "--reference-model", path, "--run-dir", tmp_path / "run")
+        assert result.returncode == 2 and result.stderr.count("\n") == 1 and word in result.stderr, result.stderr
