@@ -1,0 +1,68 @@
+"""Whole runs of any script, as a user starts them; what their folders hold; killing them at a given step."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ALGORITHMS = Path(__file__).resolve().parent.parent / "algorithms"
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {folder!r})
+import {script} as script, tyro
+steps = script.Run.steps
+def killed(self, *args, **kwargs):
+    for step in steps(self, *args, **kwargs):
+        if (self.phase, step) == ({phase!r}, {step}):
+            os.kill(os.getpid(), signal.{signal})
+        yield step
+script.Run.steps = killed
+script.train(tyro.cli(script.Args))
+"""
+
+
+def run_script(script: str, home: Path, *arguments, code: str | None = None) -> subprocess.CompletedProcess:
+    """Run algorithms/<script>.py, or `code`, in a process of its own with one thread and an empty home."""
+    environment = os.environ | {"HOME": str(home), "OMP_NUM_THREADS": "1"}
+    start = [str(ALGORITHMS / f"{script}.py")] if code is None else ["-c", code]
+    command = [sys.executable, *start, *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def run_killed_at(script: str, phase: str, step: int, number: str, home: Path, *arguments):
+    """Run a script that sends itself the signal in the middle of a phase."""
+    code = KILLED.format(folder=str(ALGORITHMS), script=script, phase=phase, step=step, signal=number)
+    return run_script(script, home, *arguments, code=code)
+
+
+def rows(folder: Path, name: str = "evals.csv") -> list[dict]:
+    with open(folder / name, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def timeless(folder: Path) -> list[dict]:
+    """evals.csv without its clock."""
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows(folder)]
+
+
+def tensors(state, name: str = "") -> dict[str, torch.Tensor]:
+    """All tensors of nested dicts and lists, by their path."""
+    if isinstance(state, torch.Tensor):
+        return {name: state}
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list) else ()
+    return {key: tensor for k, value in items for key, tensor in tensors(value, f"{name}/{k}").items()}
+
+
+def equal(a, b) -> bool:
+    """Whether two nested states hold the same tensors, bit for bit."""
+    a, b = tensors(a), tensors(b)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    first, second = (torch.load(folder / "model.pt", weights_only=True) for folder in (a, b))
+    assert len(tensors(first)) > 15
+    return equal(first, second)

@@ -1,0 +1,633 @@
+"""IQL+OPT: its equations against computations of another kind, and whole runs."""
+
+import copy
+import math
+import signal
+from pathlib import Path
+
+import gymnasium as gym
+import iql_opt
+import numpy as np
+import pytest
+import scipy.stats
+import td3_opt
+import torch
+from conftest import roll_out, write_file
+from iql_opt import Actor, Agent, Args, Critic, Dataset, ValueFunction, Values
+from runs import equal, rows, run_killed_at, run_script, same_weights, timeless
+
+
+@pytest.fixture
+def double():
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def batch(n: int = 16, observation_dim: int = 3, action_dim: int = 2) -> Dataset:
+    return Dataset(
+        torch.randn(n, observation_dim),
+        torch.rand(n, action_dim) * 2 - 1,
+        torch.randn(n),
+        torch.randn(n, observation_dim),
+        (torch.rand(n) < 0.3).to(torch.get_default_dtype()),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Equations
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_expectile_loss_against_its_closed_form(double):
+    u = torch.randn(1_000)
+    assert iql_opt.expectile_loss(u, 0.5).item() == pytest.approx(0.5 * np.mean(u.numpy() ** 2), rel=1e-12)
+    for expectile in (0.1, 0.7, 0.9):
+        expected = np.mean(np.abs(expectile - (u.numpy() < 0)) * u.numpy() ** 2)
+        assert iql_opt.expectile_loss(u, expectile).item() == pytest.approx(expected, rel=1e-12)
+    assert iql_opt.expectile_loss(torch.tensor([2.0]), 0.9).item() == pytest.approx(0.9 * 4)  # Q above V weighs more
+    assert iql_opt.expectile_loss(torch.tensor([-2.0]), 0.9).item() == pytest.approx(0.1 * 4)
+
+
+@pytest.mark.parametrize("expectile", [0.5, 0.7, 0.9])
+def test_the_minimiser_of_the_expectile_loss_is_the_expectile(expectile, double):
+    samples = torch.from_numpy(np.random.default_rng(0).gamma(2.0, 1.5, 500))
+    v = torch.zeros((), requires_grad=True)
+    optimizer = torch.optim.LBFGS([v], max_iter=200, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = iql_opt.expectile_loss(samples - v, expectile)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert v.item() == pytest.approx(scipy.stats.expectile(samples.numpy(), alpha=expectile), rel=1e-6)
+
+
+@pytest.mark.parametrize("kappa", [0.0, 0.3, 1.0])
+def test_eq_9_weights_the_online_advantage_with_kappa(kappa):
+    off, on = torch.tensor([1.0, -0.5, 0.2]), torch.tensor([0.1, 0.6, -2.0])
+    expected = [math.exp(3 * ((1 - kappa) * a + kappa * b)) for a, b in zip(off.tolist(), on.tolist(), strict=True)]
+    assert iql_opt.advantage_weights(off, on, kappa, 3.0).tolist() == pytest.approx(expected, rel=1e-5)
+    alone = {0.0: (off, None), 1.0: (None, on)}.get(kappa)
+    if alone:  # at the ends one of the two need not be there
+        assert iql_opt.advantage_weights(*alone, kappa, 3.0).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_advantage_weights_are_clipped_at_100():
+    advantages = torch.tensor([-1e4, 0.0, math.log(99) / 10, math.log(101) / 10, 5.0, 1e4])
+    for weights in (
+        iql_opt.advantage_weights(advantages, None, 0.0, 10.0),
+        iql_opt.advantage_weights(advantages, advantages, 0.3, 10.0),
+    ):
+        assert weights.tolist() == pytest.approx([0, 1, 99, 100, 100, 100], rel=1e-4)
+
+
+@pytest.mark.parametrize("log_std, std", [(-1.0, math.exp(-1)), (0.3, math.exp(0.3)), (5.0, math.exp(2))])
+def test_log_prob_of_the_tanh_mean_gaussian(double, log_std, std):
+    actor, data = Actor(3, 2), batch()
+    torch.nn.init.constant_(actor.log_std, log_std)
+    x = data.observations.numpy()
+    for i, layer in enumerate(actor.layers):
+        x = x @ layer.weight.detach().numpy().T + layer.bias.detach().numpy()
+        x = np.maximum(x, 0) if i < 2 else np.tanh(x)
+    np.testing.assert_allclose(actor(data.observations).detach(), x, rtol=1e-10)
+    expected = scipy.stats.norm(x, std).logpdf(data.actions.numpy()).sum(1)
+    np.testing.assert_allclose(actor.log_prob(data.observations, data.actions).detach(), expected, rtol=1e-9)
+
+
+def test_log_std_below_its_bound_is_the_bound(double):
+    """Density 1 / (sqrt(2 pi) e^-20) in each of two dimensions at the mean itself."""
+    actor, observations = Actor(3, 2), torch.randn(4, 3)
+    torch.nn.init.constant_(actor.log_std, -30.0)
+    got = actor.log_prob(observations, actor(observations))
+    assert got.tolist() == pytest.approx([2 * (20 - 0.5 * math.log(2 * math.pi))] * 4)
+
+
+def test_dropout_in_updates_only():
+    """Dropout keeps the expectation of a linear network; the ReLU of all-positive layers is one."""
+    actor, observations, actions = Actor(3, 2), torch.rand(1, 3), torch.zeros(1, 2)
+    for layer in actor.layers:
+        torch.nn.init.uniform_(layer.weight, 0, 0.01)
+        torch.nn.init.zeros_(layer.bias)
+    means = actor(observations.expand(20_000, -1), 0.1)
+    assert means.std(0).min() > 1e-6
+    torch.testing.assert_close(means.mean(0, keepdim=True), actor(observations), rtol=0.01, atol=0)
+    assert len({actor.log_prob(observations, actions, 0.5).item() for _ in range(5)}) > 1
+    assert len({actor.log_prob(observations, actions).item() for _ in range(5)}) == 1
+
+
+def test_exploration_samples_the_policy_and_clips():
+    actor = Actor(3, 2)
+    torch.nn.init.constant_(actor.log_std, math.log(0.4))
+    torch.nn.init.zeros_(actor.layers[2].weight)
+    actor.layers[2].bias.data = torch.tensor([0.0, 1.2])
+    policy, observation = iql_opt.Policy(actor), np.zeros(3, np.float32)
+    torch.manual_seed(0)
+    samples = np.array([iql_opt.explore(Args(), policy, observation) for _ in range(4_000)])
+    assert samples.dtype == np.float32 and samples.shape == (4_000, 2) and np.abs(samples).max() == 1
+    clipped = scipy.stats.norm(np.tanh(1.2), 0.4).sf(1)
+    assert (samples[:, 1] == 1).mean() == pytest.approx(clipped, abs=0.03)
+    inside = samples[:, 0][np.abs(samples[:, 0]) < 1]
+    cut = scipy.stats.truncnorm(-2.5, 2.5, scale=0.4)
+    assert scipy.stats.kstest(inside, cut.cdf).pvalue > 0.01
+
+
+def test_the_cosine_of_the_learning_rate():
+    """To 0 over the offline steps; then on, as PyTorch's scheduler, which CORL steps online too."""
+    at = [iql_opt.policy_learning_rate(step, 1_000, 3e-4) for step in (0, 250, 500, 1_000, 1_500, 2_000)]
+    half = 3e-4 / 2
+    assert at == pytest.approx([3e-4, half * (1 + math.sqrt(0.5)), half, 0, half, 3e-4], abs=1e-12)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50)
+    for step in range(120):
+        assert iql_opt.policy_learning_rate(step, 50, 3e-4) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-10)
+        optimizer.step()
+        scheduler.step()
+    assert iql_opt.policy_learning_rate(7, 0, 3e-4) == 3e-4  # no offline phase, no decay
+
+
+def test_value_functions_are_plain_mlps_and_joined_ones_are_each_alone(double):
+    pairs, data = [Values(Critic(3, 2), ValueFunction(3)) for _ in range(2)], batch()
+    whole = iql_opt.join(pairs)
+    for parameter in pairs[1].parameters():  # what an optimiser does to one of them, the whole does too
+        parameter.data.mul_(1.1)
+    q, v = whole(data.observations, data.actions)
+    assert q.shape == (4, 16) and v.shape == (2, 16)
+    for i, pair in enumerate(pairs):
+        torch.testing.assert_close(q[2 * i : 2 * i + 2], pair.q(data.observations, data.actions))
+        x = data.observations.numpy()
+        for layer in pair.v.layers:
+            x = x @ layer.weight[0].detach().numpy() + layer.bias[0].detach().numpy()
+            x = np.maximum(x, 0) if layer is not pair.v.layers[2] else x
+        np.testing.assert_allclose(v[i].detach(), x[:, 0], rtol=1e-10)
+
+
+def plain_targets(q_target: Critic, v: ValueFunction, data: Dataset, gamma: float):
+    with torch.no_grad():
+        q1, q2 = q_target(data.observations, data.actions)
+        return data.rewards + gamma * (1 - data.terminals) * v(data.next_observations)[0], torch.minimum(q1, q2)
+
+
+def test_targets_of_each_pair(double):
+    targets, vs, data = [Critic(3, 2), Critic(3, 2)], [ValueFunction(3), ValueFunction(3)], batch()
+    got = iql_opt.value_targets(iql_opt.join(targets), iql_opt.join(vs), data, 0.9)
+    for i in range(2):
+        for mine, plain in zip(got, plain_targets(targets[i], vs[i], data, 0.9), strict=True):
+            assert not mine.requires_grad
+            torch.testing.assert_close(mine[i], plain)
+
+
+@pytest.mark.parametrize("names, kappa", [(("off",), 0.0), (("off", "on"), 0.3), (("on",), 1.0)])
+def test_an_update_is_ten_lines_of_plain_iql(double, names, kappa):
+    """Five updates, against a network a module, an optimiser a network and CORL's order: V, Q, target, policy."""
+    args = Args(expectile=0.8, beta=2.0, dropout=0.0, learning_rate=1e-3, tau=0.01, gamma=0.9)
+    agent = Agent(args, 3, 2, torch.device("cpu"))
+    plain = copy.deepcopy({name: part for name, part in agent.parts().items() if isinstance(part, torch.nn.Module)})
+    adam = {name: torch.optim.Adam(plain[name].parameters(), 1e-3, fused=False) for name in plain}
+    step = iql_opt.iql_step(args, agent, names)
+
+    def descend(name, loss):
+        adam[name].zero_grad()
+        loss.backward()
+        adam[name].step()
+
+    for _ in range(5):
+        data = batch()
+        step(data, torch.tensor(kappa))
+        advantage = 0
+        for name, weight in zip(names, (1 - kappa, kappa) if len(names) == 2 else (1,), strict=True):
+            q, v, q_target = plain[f"q_{name}"], plain[f"v_{name}"], plain[f"q_{name}_target"]
+            y, least = plain_targets(q_target, v, data, 0.9)
+            a = least - v(data.observations)[0]
+            advantage = advantage + weight * a.detach()
+            descend(f"v_{name}", (torch.abs(0.8 - (a < 0).double()) * a**2).mean())
+            q1, q2 = q(data.observations, data.actions)
+            descend(f"q_{name}", ((q1 - y) ** 2).mean() + ((q2 - y) ** 2).mean())
+            for t, p in zip(q_target.parameters(), q.parameters(), strict=True):
+                t.data.copy_(0.99 * t.data + 0.01 * p.data)
+        policy = torch.distributions.Normal(plain["actor"](data.observations), plain["actor"].log_std.exp())
+        weights = torch.clamp(torch.exp(2 * advantage), max=100)
+        descend("actor", -(weights * policy.log_prob(data.actions).sum(1)).mean())
+    for name, network in plain.items():
+        for got, want in zip(agent.parts()[name].parameters(), network.parameters(), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("second_order", [False, True])
+def test_eqs_3_and_8_against_torch_func(double, second_order):
+    """Q and V are adapted together; each must get what it gets alone."""
+    values, offline, online, alpha = Values(Critic(3, 2), ValueFunction(3)), batch(), batch(), 0.3
+    targets = [(torch.randn(16), torch.randn(16)) for _ in range(2)]
+
+    def both(values, targets):
+        return iql_opt.td_loss(values[0], targets[0]) + iql_opt.expectile_loss(targets[1] - values[1][0], 0.7)
+
+    loss = iql_opt.meta_adaptation_loss(values, offline, targets[0], online, targets[1], alpha, second_order, both)
+    gradient = dict(zip(dict(values.named_parameters()), torch.autograd.grad(loss, values.parameters()), strict=True))
+
+    def q_loss(parameters, data, target):
+        q = torch.func.functional_call(values.q, parameters, (data.observations, data.actions))
+        return ((q[0] - target[0]) ** 2).mean() + ((q[1] - target[0]) ** 2).mean()
+
+    def v_loss(parameters, data, target):
+        u = target[1] - torch.func.functional_call(values.v, parameters, (data.observations,))[0]
+        return torch.where(u > 0, 0.7 * u**2, 0.3 * u**2).mean()
+
+    total = 0
+    for name, network, plain in (("q", values.q, q_loss), ("v", values.v, v_loss)):
+        psi = {key: p.detach() for key, p in network.named_parameters()}
+        held = torch.func.grad(plain)(psi, offline, targets[0])
+
+        def equation(parameters, plain=plain, held=held):
+            g = torch.func.grad(plain)(parameters, offline, targets[0]) if second_order else held
+            adapted = {key: parameters[key] - alpha * g[key] for key in parameters}
+            return plain(parameters, offline, targets[0]) + plain(adapted, online, targets[1])
+
+        expected, value = torch.func.grad_and_value(equation)(psi)
+        total += value.item()
+        for key, want in expected.items():
+            torch.testing.assert_close(gradient[f"{name}.{key}"], want, rtol=1e-9, atol=1e-12)
+    assert loss.item() == pytest.approx(total, rel=1e-12)
+
+
+DOMAINS = [
+    ("hopper-medium-v2", 0.7, 3.0, 0.0, 0.3),
+    ("walker2d-medium-replay-v2", 0.7, 3.0, 0.0, 0.1),
+    ("halfcheetah-random-v2", 0.7, 3.0, 0.0, 1.0),
+    ("antmaze-large-diverse-v2", 0.9, 10.0, 0.0, 0.1),
+    ("relocate-cloned-v1", 0.8, 3.0, 0.1, 0.1),
+]
+
+
+@pytest.mark.parametrize("env_id, expectile, beta, dropout, kappa", DOMAINS)
+def test_the_papers_values_of_each_domain(env_id, expectile, beta, dropout, kappa):
+    args = iql_opt.resolve(Args(env_id=env_id))
+    assert (args.expectile, args.beta, args.dropout, args.kappa_init) == (expectile, beta, dropout, kappa)
+    assert (args.utd, args.replay, args.exp_name) == (1, "balanced", "iql_opt")
+    vanilla = iql_opt.resolve(Args(env_id=env_id, opt=False, expectile=0.6, beta=1.0, dropout=0.3))
+    assert (vanilla.expectile, vanilla.beta, vanilla.dropout) == (0.6, 1.0, 0.3)  # what is given stays
+    assert (vanilla.replay, vanilla.exp_name) == ("uniform", "iql")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Phases, in this process
+# ----------------------------------------------------------------------------------------------------------------------
+
+TINY = dict(
+    env_id="InvertedPendulum-v5",
+    offline_steps=20,
+    online_steps=50,
+    n_tau=20,
+    n_pretrain=12,
+    batch_size=16,
+    eval_freq=0,
+    eval_episodes=1,
+    learning_rate=1e-3,
+    progress=False,
+)
+
+
+@pytest.fixture
+def watched(monkeypatch, pendulum_file, tmp_path, home):
+    """Train in this process, with a copy of all parts at the start of every phase and at the end."""
+    monkeypatch.setenv("HOME", str(home))
+    begin = iql_opt.Run.begin
+
+    def watched(**arguments) -> dict[str, dict]:
+        states = {}
+
+        def watch(self, phase):
+            if self.parts:
+                states[phase] = copy.deepcopy({name: part.state_dict() for name, part in self.parts.items()})
+            return begin(self, phase)
+
+        monkeypatch.setattr(iql_opt.Run, "begin", watch)
+        iql_opt.train(Args(**(TINY | arguments), dataset=str(pendulum_file), run_dir=str(tmp_path / "watched")))
+        return states
+
+    return watched
+
+
+OFF, ON = ({f"q_{name}", f"v_{name}", f"q_{name}_target", f"{name}_optimizer"} for name in ("off", "on"))
+POLICY = {"actor", "actor_optimizer"}
+VARIANTS = [  # arguments, what online pre-training changes, what fine-tuning changes
+    ({}, ON, OFF | ON | POLICY),
+    ({"meta_second_order": True}, ON, OFF | ON | POLICY),
+    ({"q_on_init": "random"}, set(), OFF | ON | POLICY),
+    ({"q_on_init": "online"}, ON, OFF | ON | POLICY),
+    ({"q_on_init": "joint"}, ON, OFF | ON | POLICY),
+    ({"q_on": False}, OFF, OFF | POLICY),
+    ({"q_on": False, "q_on_init": "joint", "replay": "online"}, OFF, OFF | POLICY),
+    ({"kappa_init": 1.0, "kappa_end": 1.0, "replay": "symmetric"}, ON, ON | POLICY),
+    ({"kappa_init": 0.0, "kappa_end": 0.0, "replay": "uniform"}, ON, OFF | ON | POLICY),
+    ({"opt": False}, set(), OFF | POLICY),
+    ({"opt": False, "replay": "online", "utd": 2, "dropout": 0.1}, set(), OFF | POLICY),
+]
+
+
+@pytest.mark.parametrize("arguments, pretrained, fine_tuned", VARIANTS, ids=lambda x: str(x) if x is dict else None)
+def test_what_each_phase_changes(watched, arguments, pretrained, fine_tuned):
+    states = watched(**arguments)
+    agent = set(states["done"]) - {"buffer", "collector", "balanced"}
+    opt, with_q_on = arguments.get("opt", True), arguments.get("q_on", True) and arguments.get("opt", True)
+    assert agent == OFF | POLICY | (ON if with_q_on else set())
+
+    def changed(before: str, after: str) -> set[str]:
+        return {name for name in agent if not equal(states[before][name], states[after][name])}
+
+    if opt:
+        assert changed("offline", "collect") == OFF | POLICY
+        assert changed("collect", "online_pretrain") == set()
+        assert changed("online_pretrain", "online_finetune") == pretrained
+    assert changed("online_finetune", "done") == fine_tuned
+    assert ("balanced" in states["done"]) == (opt and arguments.get("replay", "balanced") == "balanced")
+    # as many updates as the protocol says: Adam counts them
+    online = (30 if opt else 50) * arguments.get("utd", 1)
+    for name in ("actor", "off", "on"):
+        part = f"{name}_optimizer"
+        if part in agent:
+            count = 20 * (name != "on") + 12 * (part in pretrained) + online * (part in fine_tuned)
+            assert {int(s["step"]) for s in states["done"][part]["state"].values()} == {count}
+
+
+PRETRAINING = [
+    {},
+    {"meta_second_order": True},
+    {"q_on_init": "online"},
+    {"q_on_init": "joint"},
+    {"q_on": False},
+]
+
+
+@pytest.mark.parametrize("arguments", PRETRAINING, ids=str)
+def test_one_step_of_online_pretraining_is_the_loss_it_is_said_to_be(watched, arguments, monkeypatch):
+    """Recompute the first step's gradient by plain autograd on the very batch, from the saved networks."""
+    batches, gradients = [], []
+    value_targets, minimize = iql_opt.value_targets, iql_opt.minimize
+
+    def watch_targets(q_target, v, data, gamma):
+        batches.append(data)
+        return value_targets(q_target, v, data, gamma)
+
+    def watch_minimize(loss, optimizer):
+        minimize(loss, optimizer)
+        gradients.append([p.grad.clone() for p in optimizer.param_groups[0]["params"]])
+
+    monkeypatch.setattr(iql_opt, "value_targets", watch_targets)
+    monkeypatch.setattr(iql_opt, "minimize", watch_minimize)
+    states = watched(offline_steps=0, n_pretrain=1, meta_lr=0.02, **arguments)["online_pretrain"]
+    name = "on" if arguments.get("q_on", True) else "off"
+    q, q_target, v = Critic(4, 1), Critic(4, 1), ValueFunction(4)
+    for network, part in ((q, f"q_{name}"), (q_target, f"q_{name}_target"), (v, f"v_{name}")):
+        network.load_state_dict(states[part])
+    online_rows = states["buffer"]["online_rows"]
+    data = batches[0]
+    halves = [Dataset(*(column[part] for column in data)) for part in (slice(0, 16), slice(16, 32))]
+    assert all((online_rows[:, :4] == o).all(1).any() for o in halves[1].observations)
+    assert not all((online_rows[:, :4] == o).all(1).any() for o in halves[0].observations)
+    targets = [plain_targets(q_target, v, half, 0.99) for half in halves]
+    networks = {"q": q, "v": v}
+    parameters = {f"{n}.{k}": p for n, network in networks.items() for k, p in network.named_parameters()}
+
+    def loss(i, weights):
+        part, (y, least) = halves[i], targets[i]
+        split = {n: {k[2:]: w for k, w in weights.items() if k[0] == n} for n in networks}
+        values = torch.func.functional_call(q, split["q"], (part.observations, part.actions))
+        u = least - torch.func.functional_call(v, split["v"], (part.observations,))[0]
+        return ((values - y) ** 2).mean(1).sum() + (torch.abs(0.7 - (u < 0).float()) * u**2).mean()
+
+    kind, order = arguments.get("q_on_init", "meta"), arguments.get("meta_second_order", False)
+    if kind == "online":
+        total = loss(1, parameters)
+    elif kind == "joint":
+        total = loss(0, parameters) + loss(1, parameters)
+    else:
+        inner = torch.autograd.grad(loss(0, parameters), list(parameters.values()), create_graph=order)
+        adapted = {key: p - 0.02 * g for (key, p), g in zip(parameters.items(), inner, strict=True)}
+        total = loss(0, parameters) + loss(1, adapted)
+    expected = torch.autograd.grad(total, list(parameters.values()))
+    for a, b in zip(gradients[0], expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item())
+
+
+def test_kappa_and_the_learning_rate_of_every_update(watched, monkeypatch):
+    """Fine-tuning begins at environment step 20 of 50, and at the learning rate with which the offline phase ended."""
+    rates, kappas = [], []
+    iql_step = iql_opt.iql_step
+
+    def watch(args, agent, names):
+        step = iql_step(args, agent, names)
+
+        def watched_step(data, kappa=0.0):
+            rates.append(float(agent.actor_optimizer.param_groups[0]["lr"]))
+            kappas.append(float(kappa))
+            return step(data, kappa)
+
+        return watched_step
+
+    monkeypatch.setattr(iql_opt, "iql_step", watch)
+    watched(kappa_init=0.1, kappa_end=0.9, kappa_decay=40)
+    steps = np.arange(50)
+    assert rates == pytest.approx(list(1e-3 * (1 + np.cos(np.pi * steps / 20)) / 2), abs=1e-9)
+    assert kappas[:20] == [0] * 20
+    assert kappas[20:] == pytest.approx(list(0.1 + 0.8 * np.minimum(np.arange(20, 50) / 40, 1)), abs=1e-6)
+
+
+def balancing(observation: np.ndarray) -> np.ndarray:
+    """A noisy controller that keeps the pole up for some 200 of 1000 steps."""
+    x, angle, velocity, spin = observation
+    return np.clip(np.random.normal([6 * angle + 0.6 * spin + 0.3 * x + 0.4 * velocity], 0.7), -3, 3).astype(np.float32)
+
+
+def test_offline_iql_is_better_than_its_data(tmp_path, monkeypatch, home):
+    monkeypatch.setenv("HOME", str(home))
+    np.random.seed(0)
+    env = gym.make("InvertedPendulum-v5")
+    parts = [roll_out(env, 2_000, 0), roll_out(env, 3_000, 0, balancing)]
+    columns = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    returns = columns["rewards"].sum() / (columns["terminals"] | columns["timeouts"]).sum()
+    arguments = TINY | dict(offline_steps=1_500, online_steps=10, opt=False, batch_size=64, eval_episodes=5)
+    data = write_file(tmp_path / "data.hdf5", columns)
+    iql_opt.train(Args(**arguments, dataset=str(data), run_dir=str(tmp_path / "run")))
+    before, after = (float(row["return_mean"]) for row in rows(tmp_path / "run")[:2])
+    assert before < 100 and after > max(300, 5 * returns)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def refused(capsys, tmp_path, monkeypatch, home, pendulum_file):
+    """train(Args) must exit with status 2 and one line holding all these words."""
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+
+    def refused(*words: str, script=iql_opt, **arguments) -> None:
+        given = dict(TINY, dataset=str(pendulum_file), run_dir=str(tmp_path / "run")) | arguments
+        with pytest.raises(SystemExit) as error:
+            script.train(script.Args(**given))
+        message = capsys.readouterr().err
+        assert error.value.code == 2
+        assert message.startswith(f"{Path(script.__file__).name}: ") and message.count("\n") == 1, message
+        assert all(word in message for word in words), message
+
+    return refused
+
+
+@pytest.mark.parametrize(
+    "words, arguments",
+    [
+        (["hopper-medium-v2"], dict(env_id="hoper-medium-v2")),
+        (["--expectile is 0.0", "between 0 and 1"], dict(expectile=0.0)),
+        (["--expectile is 1.0"], dict(expectile=1.0)),
+        (["--expectile is nan"], dict(expectile=float("nan"))),
+        (["--beta is -1.0", "0 or more"], dict(beta=-1.0)),
+        (["--beta is inf"], dict(beta=float("inf"))),
+        (["--dropout is 1.0", "less than 1"], dict(dropout=1.0)),
+        (["--dropout is -0.1"], dict(dropout=-0.1)),
+        (["--learning-rate is 0"], dict(learning_rate=0.0)),
+        (["--n-tau is 50", "less than --online-steps (50)"], dict(n_tau=50)),
+        (["--kappa-init is 1.5", "from 0 to 1"], dict(kappa_init=1.5)),
+        (["--utd is 0", "1 or more"], dict(utd=0)),
+        (["--gamma is 1.1"], dict(gamma=1.1)),
+        (["--replay balanced", "--replay uniform"], dict(opt=False, replay="balanced")),
+        (["--replay symmetric", "even --batch-size"], dict(replay="symmetric", batch_size=7)),
+        (["--kappa-*", "--no-q-on"], dict(q_on=False, kappa_init=0.5)),
+        (["--kappa-*", "--no-opt"], dict(opt=False, kappa_end=0.5)),
+        (["--batch-size 5001", "5000 transitions"], dict(batch_size=5_001)),
+        (["is not a file", "--dataset"], dict(dataset="missing.hdf5")),
+    ],
+)
+def test_arguments(refused, words, arguments):
+    refused(*words, **arguments)
+
+
+def test_on_the_command_line_there_is_one_line_and_no_traceback(home):
+    result = run_script("iql_opt", home, "--env-id", "hoper-medium-v2")
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("iql_opt.py: unknown --env-id 'hoper-medium-v2'")
+    assert result.stderr.count("\n") == 1
+
+
+def test_saved_files_of_other_runs(refused, pendulum_file, tmp_path, capsys):
+    folder = tmp_path / "run"
+    iql_opt.train(Args(**TINY, dataset=str(pendulum_file), run_dir=str(folder)))
+    refused("holds a run already", "--resume")
+    refused("--expectile 0.7 (now 0.8)", "--dropout 0.0 (now 0.2)", resume=True, expectile=0.8, dropout=0.2)
+    other = dict(offline_from=str(folder), run_dir=str(tmp_path / "other"))
+    refused("--beta 3.0 (now 1.0)", **other, beta=1.0)
+    refused("--seed 0 (now 1)", **other, seed=1)
+    refused("model.pt is no offline.pt", **(other | dict(offline_from=str(folder / "model.pt"))))
+    refused("--policy-frequency None (now 2)", script=td3_opt, **other)  # another algorithm's
+    content = (folder / "checkpoint.pt").read_bytes()
+    for damaged in (b"", content[: len(content) // 2]):
+        (folder / "checkpoint.pt").write_bytes(damaged)
+        refused("checkpoint.pt is damaged", "delete it", resume=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Whole runs, as a user starts them
+# ----------------------------------------------------------------------------------------------------------------------
+
+SHORT = ("--env-id", "InvertedPendulum-v5", "--offline-steps", 40, "--online-steps", 70, "--n-tau", 30)
+SHORT += ("--n-pretrain", 30, "--batch-size", 16, "--eval-freq", 25, "--eval-episodes", 1, "--no-progress")
+SHORT += ("--dropout", 0.1)  # one random number more that a resumed run must repeat
+
+
+@pytest.fixture(scope="module")
+def whole(pendulum_file, home, tmp_path_factory) -> Path:
+    """One uninterrupted short run, which others are compared with."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    result = run_script("iql_opt", home, *SHORT, "--dataset", pendulum_file, "--run-dir", folder)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_run_folder(whole):
+    names = {path.name for path in whole.iterdir() if "tfevents" not in path.name}
+    assert names == {"args.json", "evals.csv", "speed.csv", "offline.pt", "checkpoint.pt", "model.pt"}
+    steps = [(row["phase"], int(row["env_steps"]), int(row["gradient_steps"])) for row in rows(whole)]
+    assert steps == [
+        ("offline", 0, 0),
+        ("offline", 0, 25),
+        ("offline", 0, 40),
+        ("online_pretrain", 30, 70),
+        ("online_finetune", 50, 90),
+        ("online_finetune", 70, 110),
+    ]
+    model = torch.load(whole / "model.pt", weights_only=True)
+    networks = {"actor", "q_off", "v_off", "q_off_target", "q_on", "v_on", "q_on_target"}
+    assert networks <= set(model) and model["kind"] == "model.pt"
+    actor = Actor(4, model["action_dim"])
+    actor.load_state_dict(model["actor"])
+
+
+def test_tensorboard_curves(whole):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(whole))
+    events.Reload()
+    curves = {f"{kind}_{name}_{what}" for kind in "qv" for name in ("off", "on") for what in ("loss", "mean")}
+    curves |= {"actor_loss", "advantage_weight_mean", "kappa", "online_share", "density_ratio_loss"}
+    assert {f"train/{curve}" for curve in curves | {"q_on_pretrain_loss"}} <= set(events.Tags()["scalars"])
+
+
+def test_same_seed_same_run_and_another_seed_another(whole, home, pendulum_file, tmp_path):
+    for name, seed in (("again", 0), ("other", 1)):
+        arguments = (*SHORT, "--dataset", pendulum_file, "--seed", seed, "--run-dir", tmp_path / name)
+        assert run_script("iql_opt", home, *arguments).returncode == 0
+    assert timeless(tmp_path / "again") == timeless(whole) and same_weights(tmp_path / "again", whole)
+    assert timeless(tmp_path / "other") != timeless(whole) and not same_weights(tmp_path / "other", whole)
+
+
+@pytest.mark.parametrize(
+    "phase, step", [("offline", 33), ("collect", 27), ("online_pretrain", 21), ("online_finetune", 27)]
+)
+def test_a_killed_run_resumes_bit_for_bit(whole, home, pendulum_file, tmp_path, phase, step):
+    """SIGKILL in the middle of each stage; the newest checkpoint is some steps old."""
+    arguments = (*SHORT, "--dataset", pendulum_file, "--run-dir", tmp_path / "run", "--checkpoint-freq", 8)
+    assert run_killed_at("iql_opt", phase, step, "SIGKILL", home, *arguments).returncode == -signal.SIGKILL
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert (saved["phase"], saved["step"]) == (phase, step - step % 8)
+    result = run_script("iql_opt", home, *arguments, "--resume")
+    assert result.returncode == 0, result.stderr
+    assert timeless(tmp_path / "run") == timeless(whole) and same_weights(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize(
+    "variant", [("--no-opt",), ("--no-q-on",), ("--kappa-init", 1, "--kappa-end", 1, "--replay", "online")], ids=str
+)
+def test_other_variants_resume_bit_for_bit_too(home, pendulum_file, tmp_path, variant):
+    arguments = (*SHORT, *variant, "--dataset", pendulum_file)
+    assert run_script("iql_opt", home, *arguments, "--run-dir", tmp_path / "whole").returncode == 0
+    arguments += ("--run-dir", tmp_path / "run", "--checkpoint-freq", 14)
+    killed = run_killed_at("iql_opt", "online_finetune", 27, "SIGKILL", home, *arguments)
+    assert killed.returncode == -signal.SIGKILL
+    assert run_script("iql_opt", home, *arguments, "--resume").returncode == 0
+    assert timeless(tmp_path / "run") == timeless(tmp_path / "whole")
+    assert same_weights(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number, status", [("SIGINT", 130), ("SIGTERM", 143)])
+def test_ctrl_c_writes_a_checkpoint_first(whole, home, pendulum_file, tmp_path, number, status):
+    arguments = (*SHORT, "--dataset", pendulum_file, "--run-dir", tmp_path / "run")
+    stopped = run_killed_at("iql_opt", "online_finetune", 21, number, home, *arguments)
+    assert stopped.returncode == status and "Traceback" not in stopped.stderr and "--resume" in stopped.stderr
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert (saved["phase"], saved["step"]) == ("online_finetune", 22)
+    assert run_script("iql_opt", home, *arguments, "--resume").returncode == 0
+    assert timeless(tmp_path / "run") == timeless(whole) and same_weights(tmp_path / "run", whole)
+
+
+def test_variants_share_one_offline_phase(whole, home, pendulum_file, tmp_path):
+    """OPT from the vanilla backbone's offline.pt ends where OPT alone ends."""
+    data = (*SHORT, "--dataset", pendulum_file)
+    vanilla, shared = tmp_path / "vanilla", tmp_path / "opt"
+    assert run_script("iql_opt", home, *data, "--no-opt", "--run-dir", vanilla).returncode == 0
+    assert run_script("iql_opt", home, *data, "--offline-from", vanilla, "--run-dir", shared).returncode == 0
+    assert timeless(shared) == timeless(whole) and same_weights(shared, whole)
