@@ -937,7 +937,7 @@ class EnsembleLayerNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = F.layer_norm(x, x.shape[-1:], eps=1e-6)  # Flax's epsilon
-        return torch.addcmul(self.shift, x, self.scale)
+        return (x * self.scale).add_(self.shift)
 
 
 class LayerNormCritic(nn.Module):
