@@ -83,7 +83,7 @@ class Args:
     n_pretrain: int = 50_000
     """gradient steps of online pre-training (N_pretrain, Section 4.1)"""
     utd: int = 20
-    """critic steps per environment step of online fine-tuning; in both phases a policy and a temperature step follow"""
+    """critic steps per environment step of online fine-tuning; one policy and one temperature step follow, offline too"""
     random_steps: int | None = None
     """environment steps of random actions before the first update of the online phase, with --no-opt;
     None: 5,000 where there is no offline phase (vanilla), else 0"""
