@@ -83,7 +83,7 @@ class Args:
     n_pretrain: int = 50_000
     """gradient steps of online pre-training (N_pretrain, Section 4.1)"""
     utd: int = 20
-    """critic steps per environment step of online fine-tuning; one policy and one temperature step follow, offline too"""
+    """critic steps per environment step of online fine-tuning; a policy and a temperature step follow, offline too"""
     random_steps: int | None = None
     """environment steps of random actions before the first update of the online phase, with --no-opt;
     None: 5,000 where there is no offline phase (vanilla), else 0"""
@@ -845,6 +845,7 @@ class Actor(nn.Module):
         widths = [observation_dim] + [256] * hidden_layers
         self.hidden = nn.ModuleList([nn.Linear(*pair) for pair in itertools.pairwise(widths)])
         self.mean, self.log_std = nn.Linear(256, action_dim), nn.Linear(256, action_dim)
+        xavier_uniform(self)
 
     def gaussian(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and logarithm of the standard deviation before the tanh, both [B, action_dim]."""
@@ -952,6 +953,7 @@ class LayerNormCritic(nn.Module):
         self.hidden = nn.ModuleList([EnsembleLinear(members, *pair) for pair in itertools.pairwise(widths)])
         self.norms = nn.ModuleList([EnsembleLayerNorm(members, 256) for _ in self.hidden])
         self.out = EnsembleLinear(members, 256, 1)
+        xavier_uniform(self)
 
     def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         x = torch.cat([observations, actions], 1).expand(len(self.out.weight), -1, -1)
@@ -1570,8 +1572,6 @@ class Agent:
         self.actor = Actor(*dimensions, args.hidden_layers).to(device)
         self.q_off = LayerNormCritic(*dimensions, members, args.hidden_layers).to(device)
         self.temperature = Temperature().to(device)
-        xavier_uniform(self.actor)
-        xavier_uniform(self.q_off)
         self.q_off_target = copy.deepcopy(self.q_off)
         self.actor_optimizer = make_adam(self.actor, args.learning_rate)
         self.q_off_optimizer = make_adam(self.q_off, args.learning_rate)
@@ -1580,7 +1580,6 @@ class Agent:
         if args.opt and args.q_on:
             torch.manual_seed(args.seed + 1_000)
             self.q_on = LayerNormCritic(*dimensions, members, args.hidden_layers).to(device)
-            xavier_uniform(self.q_on)
             self.q_on_target = copy.deepcopy(self.q_on)
             self.q_on_optimizer = make_adam(self.q_on, args.learning_rate)
 
