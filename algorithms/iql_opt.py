@@ -138,6 +138,8 @@ class Args:
     """write model.pt at the end"""
     capture_video: bool = False
     """write an mp4 of one evaluation episode at the end"""
+    reference_model: str | None = None
+    """model.pt of a near-optimal agent: log the estimation bias against its values to bias.csv (Figs. 9, 10)"""
     track: bool = False
     """log to Weights & Biases as well"""
     wandb_project_name: str = "opt"
@@ -999,6 +1001,11 @@ def meta_adaptation_loss(
     return offline_loss + online_loss
 
 
+def value(critic: nn.Module, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    """The value that the advantage takes from an ensemble: the least of its critics', [B]."""
+    return critic(observations, actions).amin(0)
+
+
 def advantage_weights(
     off: torch.Tensor | None, on: torch.Tensor | None, kappa: torch.Tensor | float, beta: float
 ) -> torch.Tensor:
@@ -1037,7 +1044,9 @@ class Run:
         "success_rate",
         "seconds",
     )
+    BIAS = ("phase", "env_steps", "gradient_steps", "pair", "q_off_bias", "q_on_bias", "q_mix_bias")
     SPEED = ("phase", "gradient_steps", "env_steps", "seconds", "gradient_steps_per_second")
+    SAVED = ("phase", "step", "phase_seconds", "env_steps", "gradient_steps", "seconds", "evals", "speed", "bias")
     LOG_FREQ = 1_000  # gradient steps between two points of a TensorBoard curve
 
     def __init__(self, args: Args):
@@ -1046,9 +1055,11 @@ class Run:
         self.env_steps, self.gradient_steps, self.seconds = 0, 0, 0.0  # of the whole run; seconds with evaluation
         self.evals: list[list[str]] = []
         self.speed: list[list[str]] = []
+        self.bias: list[list[str]] = []
         self.metrics: dict[str, torch.Tensor | float] = {}
         self.parts: dict = {}  # name -> what has state_dict and load_state_dict: all that a checkpoint holds
         self.evaluate: Callable[[], dict] = dict  # set by train()
+        self.estimation_bias: Callable[[], list] = list  # likewise, with --reference-model
         self.data: dict = {}  # size and statistics of the dataset, by which a checkpoint knows it again
         self.signal, self.old_handlers = 0, {}  # the signal that asked to stop; what handled signals before
         self.writer: SummaryWriter | None = None
@@ -1073,7 +1084,9 @@ class Run:
         if self.phase != "start" and (self.folder / "args.json").exists():  # W&B goes on with the run it had
             facts["wandb_id"] = json.loads((self.folder / "args.json").read_text())["wandb_id"]
         write_whole(self.folder / "args.json", json.dumps(asdict(self.args) | facts, indent=2).encode())
-        for name, header, rows in (("evals.csv", self.EVALS, self.evals), ("speed.csv", self.SPEED, self.speed)):
+        files = [("evals.csv", self.EVALS, self.evals), ("speed.csv", self.SPEED, self.speed)]
+        files += [("bias.csv", self.BIAS, self.bias)] if self.args.reference_model else []
+        for name, header, rows in files:
             text = "".join(",".join(row) + "\n" for row in (header, *rows))
             write_whole(self.folder / name, text.encode())
         if self.args.track:
@@ -1203,6 +1216,9 @@ class Run:
         }
         self.evals.append([str(values[key]) for key in self.EVALS])
         self.append_row("evals.csv", self.evals[-1])
+        for pair in self.estimation_bias():
+            self.bias.append([self.phase, str(self.env_steps), str(self.gradient_steps), *pair])
+            self.append_row("bias.csv", self.bias[-1])
         for key in ("normalized_score", "return_mean", "return_std", "length_mean", "success_rate"):
             if values[key] != "" and math.isfinite(values[key]):
                 self.writer.add_scalar(f"eval/{key}", values[key], self.gradient_steps)
@@ -1230,8 +1246,7 @@ class Run:
 
     def save_checkpoint(self) -> None:
         """Write checkpoint.pt: all that a resumed run needs to go on bit for bit."""
-        counters = ("phase", "step", "phase_seconds", "env_steps", "gradient_steps", "seconds", "evals", "speed")
-        state = {name: getattr(self, name) for name in counters} | {"kind": "checkpoint.pt"}
+        state = {name: getattr(self, name) for name in self.SAVED} | {"kind": "checkpoint.pt"}
         state |= {"args": asdict(self.args), "data": self.data}
         state["rng"] = {"cpu": torch.get_rng_state()} | (
             {"cuda": torch.cuda.get_rng_state()} if self.args.device == "cuda" else {}
@@ -1254,7 +1269,7 @@ class Run:
             signal.signal(number, handler)
 
     def load_checkpoint(self, state: dict) -> None:
-        for name in ("phase", "step", "phase_seconds", "env_steps", "gradient_steps", "seconds", "evals", "speed"):
+        for name in self.SAVED:
             setattr(self, name, state[name])
         for name, part in self.parts.items():
             part.load_state_dict(state["parts"][name])
@@ -1427,6 +1442,48 @@ def evaluate(policy: Policy, env: gym.Env, normalize: Callable, env_id: str, epi
         "length_mean": round(float(np.mean(lengths)), 2),
         "success_rate": round(float(np.mean(successes)), 4) if successes else "",
     }
+
+
+def estimation_bias(
+    args: Args, run: Run, agent: "Agent", env: gym.Env, normalize: Callable, device: torch.device
+) -> Callable[[], list[list[str]]]:
+    """Values of 10 fixed (initial state, reference's action) pairs minus the reference's own value (Figs. 9, 10).
+
+    Each call gives the rows [pair, Q_off, Q_on, their mix]; what there is not is empty. Exit 2 where the reference is
+    of another environment.
+    """
+    advice = "write another --reference-model, a run's model.pt"
+    model = read_saved(Path(args.reference_model), "model.pt", advice)
+    if model["args"]["env_id"].split("-")[0] != args.env_id.split("-")[0]:
+        raise bad_input(f"{args.reference_model} is of {model['args']['env_id']}, not of {args.env_id}: {advice}")
+    try:
+        reference = Agent(Args(**model["args"]), len(model["observation_mean"]), model["action_dim"], device)
+        for name, part in reference.parts().items():
+            if isinstance(part, nn.Module):
+                part.load_state_dict(model[name])
+    except (TypeError, KeyError, RuntimeError) as error:
+        raise bad_input(f"{args.reference_model} is no model of {PROGRAM} ({brief(error)}): {advice}") from None
+    states = np.stack([env.reset(seed=2_000_000 + pair)[0] for pair in range(10)]).astype(np.float32)
+    own = torch.from_numpy(normalize(states)).to(device)
+    others = ((torch.from_numpy(states) - model["observation_mean"]) / model["observation_std"]).to(device)
+    with torch.no_grad():
+        actions = reference.actor(others)
+        truth = value(reference.q_on if hasattr(reference, "q_on") else reference.q_off, others, actions)
+
+    @torch.no_grad()
+    def rows() -> list[list[str]]:
+        q_off, q_on = value(agent.q_off, own, actions) - truth, None
+        mix = q_off
+        if hasattr(agent, "q_on"):
+            q_on = value(agent.q_on, own, actions) - truth
+            kappa = kappa_at(run.env_steps, args.kappa_init, args.kappa_end, args.kappa_decay) if run.env_steps else 0
+            mix = (1 - kappa) * q_off + kappa * q_on
+        columns = [
+            [f"{x:.4f}" for x in column.tolist()] if column is not None else [""] * 10 for column in (q_off, q_on, mix)
+        ]
+        return [[str(pair), *row] for pair, row in enumerate(zip(*columns, strict=True))]
+
+    return rows
 
 
 def record_video(env_id: str, folder: Path, policy: Policy | None, normalize: Callable, seed: int) -> None:
@@ -1772,6 +1829,8 @@ def train(args: Args) -> float:
         agent.parts() | {"buffer": buffer, "collector": collector} | ({"balanced": balanced} if balanced else {})
     )
     run.evaluate = lambda: evaluate(policy, evaluation_env, normalize, args.env_id, args.eval_episodes, args.seed)
+    if args.reference_model:
+        run.estimation_bias = estimation_bias(args, run, agent, evaluation_env, normalize, device)
     if checkpoint:
         run.load_checkpoint(checkpoint)
     elif offline:

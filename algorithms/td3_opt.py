@@ -938,19 +938,20 @@ def meta_adaptation_loss(
     online_target: torch.Tensor,
     meta_lr: float,
     second_order: bool = False,
+    loss: Callable = td_loss,
 ) -> torch.Tensor:
-    """Eq. 3: L_off(psi) + L_on(psi - alpha grad L_off(psi)).
+    """Eq. 3: L_off(psi) + L_on(psi - alpha grad L_off(psi)), where L is loss(critic's values, target).
 
     First order (OEMA's code): the inner gradient is a constant. Second order: Eq. 3 to the letter. The targets [B] are
     the target critic's; the adapted parameters are used for L_on's prediction alone.
     """
     parameters = dict(critic.named_parameters())
-    offline_loss = td_loss(critic(offline.observations, offline.actions), offline_target)
+    offline_loss = loss(critic(offline.observations, offline.actions), offline_target)
     gradients = torch.autograd.grad(
         offline_loss, list(parameters.values()), retain_graph=True, create_graph=second_order
     )
     adapted = {name: p - meta_lr * g for (name, p), g in zip(parameters.items(), gradients, strict=True)}
-    online_loss = td_loss(functional_call(critic, adapted, (online.observations, online.actions)), online_target)
+    online_loss = loss(functional_call(critic, adapted, (online.observations, online.actions)), online_target)
     return offline_loss + online_loss
 
 
