@@ -194,7 +194,11 @@ def test_usage_and_bad_input():
 
 
 STAND_IN = r"""#!/usr/bin/env bash
-trap 'echo stopped by TERM; exit 143' TERM
+trap 'echo got TERM; stopped=1' TERM
+nap() { # as a run does, it takes a while to stop
+    sleep "${NAP:-0.3}" & wait
+    [[ -z ${stopped:-} ]] || { sleep 0.5; sleep 0.5; exit 143; }
+}
 while (($#)); do
     case $1 in --exp-name) name=$2 ;; --seed) seed=$2 ;; --env-id) env=$2 ;; --offline-from) from=$2 ;; esac
     shift
@@ -203,9 +207,9 @@ folder=runs/${env}__${name}__$seed
 [[ -z ${from:-} || -f $from/offline.pt ]] || { echo "no offline.pt"; exit 2; }
 echo "$(date +%s.%N) start $name $seed gpu ${CUDA_VISIBLE_DEVICES-none} threads $OMP_NUM_THREADS pid $$" >>events
 [[ $name-$seed != "${FAILING:-}" ]] || { echo "$name-$seed: cannot"; exit 1; }
-sleep "${NAP:-0.3}" & wait
+nap
 touch "$folder/offline.pt"
-sleep "${NAP:-0.3}" & wait
+nap
 echo "$(date +%s.%N) end $name $seed" >>events
 """
 
@@ -277,7 +281,7 @@ def test_ctrl_c_stops_the_runs_first(folder, stand_in, number, status, slurm):
     assert process.returncode == status and out.count(": stopped") == 2 and "0 of 8 runs are complete" in out
     for seed in (0, 1):
         log = (folder / "runs" / f"A-v0__td3__{seed}" / "benchmark.log").read_text()
-        assert log.count("stopped by TERM") == 1
+        assert log.count("got TERM") == 1
 
 
 def wait_for(condition, seconds: float = 300) -> None:
@@ -285,6 +289,21 @@ def wait_for(condition, seconds: float = 300) -> None:
     while not condition():
         assert time.time() < deadline
         time.sleep(0.05)
+
+
+def test_runs_that_a_killed_benchmark_left_behind_are_waited_for(folder, stand_in):
+    command = ["bash", "benchmark.sh", "table1", "--env-ids", "A-v0", "--seeds", "2", "--jobs", "2"]
+    environment = os.environ | stand_in | {"NAP": "1.5"}
+    first = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL)
+    wait_for(lambda: (folder / "events").exists() and len(events(folder)) == 2)
+    first.kill()
+    first.wait()
+    assert subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL).returncode == 0
+    running = Counter()
+    for _, what, name, seed, *_ in events(folder):
+        running[name, seed] += 1 if what == "start" else -1
+        assert running[name, seed] in (0, 1), "two processes in one run's folder"
+    assert not any(running.values())
 
 
 def test_a_grid_of_real_runs_killed_in_the_middle(folder, home, pendulum_file):
