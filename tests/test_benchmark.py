@@ -1,0 +1,355 @@
+"""benchmark.sh: its tables as commands, and its runs, most of them by a stand-in for python that takes no time."""
+
+import contextlib
+import csv
+import importlib
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import td3_opt
+import tyro
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT))
+import report
+
+MUJOCO, ANTMAZE, ADROIT = 9, 6, 4
+COUNTS = {
+    "table1": MUJOCO * 2 * 10,
+    "table2": ANTMAZE * 2 * 10,
+    "table3": ADROIT * 2 * 10,
+    "table12": (MUJOCO + ANTMAZE + ADROIT) * 4 * 10,
+    "table13": (MUJOCO + ANTMAZE + ADROIT) * 3 * 10,
+    "ablation-kappa": ANTMAZE * 6 * 5,
+    "ablation-init": (MUJOCO * 3 + ANTMAZE * 4) * 5,
+    "ablation-q-on": MUJOCO * 2 * 5,
+    "ablation-replay": MUJOCO * 2 * 5,
+    "ablation-n-tau": MUJOCO * 5 * 5,
+}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A folder with benchmark.sh in it, so that runs/ is the test's own."""
+    (tmp_path / "benchmark.sh").write_text((ROOT / "benchmark.sh").read_text())
+    (tmp_path / "algorithms").symlink_to(ROOT / "algorithms")
+    return tmp_path
+
+
+def benchmark(folder: Path, *arguments, **environment) -> subprocess.CompletedProcess:
+    command = ["bash", str(folder / "benchmark.sh"), *map(str, arguments)]
+    clean = {key: value for key, value in os.environ.items() if key not in ("CUDA_VISIBLE_DEVICES", "THREADS")}
+    return subprocess.run(command, env=clean | environment, capture_output=True, text=True)
+
+
+def dry_run(table, *options) -> list[str]:
+    result = benchmark(ROOT, table, "--dry-run", *options)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    return result.stdout.splitlines()
+
+
+def values(command: str) -> dict[str, str]:
+    """The flags of a command that take a value."""
+    words = shlex.split(command)
+    return {a: b for a, b in zip(words, words[1:], strict=False) if a.startswith("--") and not b.startswith("--")}
+
+
+def folder_of(command: str) -> str:
+    flags = values(command)
+    return flags.get("--run-dir") or f"runs/{flags['--env-id']}__{flags['--exp-name']}__{flags['--seed']}"
+
+
+@pytest.mark.parametrize("table", COUNTS)
+def test_tables_are_plain_commands(table):
+    commands = dry_run(table)
+    assert len(commands) == COUNTS[table] == len(set(map(folder_of, commands)))
+    if table == "table1":
+        assert len(dry_run(table, "--seeds", "10")) == 180
+
+    seeds = "10" if table.startswith("table") else "5"
+    assert {values(command)["--seed"] for command in commands} == set(map(str, range(int(seeds))))
+    before = {}
+    for command in commands:
+        words = shlex.split(command)
+        assert words[0] == "python" and re.fullmatch(r"algorithms/(td3|spot|iql|rlpd)_opt\.py", words[1])
+        owner = values(command).get("--offline-from")
+        if owner:  # it comes earlier, and is the same script, task and seed
+            other = before[owner]
+            assert shlex.split(other)[1] == words[1] and "--offline-from" not in other
+            assert all(values(other)[name] == values(command)[name] for name in ("--env-id", "--seed"))
+        before[folder_of(command)] = command
+
+    scores = report.read_paper()  # the table's cells are those for which the paper prints a number
+    cells = {(values(command)["--exp-name"], values(command)["--env-id"]) for command in commands}
+    of_report = set()
+    for name, (_, n, headings) in report.TABLES.items():
+        if name == table or name.startswith(f"{table}-"):
+            of_report |= {(v, task) for v, m in headings.items() for method, task in scores[n] if method == m}
+    assert cells == of_report
+
+
+def test_the_readme_counts_the_runs():
+    readme = (ROOT / "README.md").read_text()
+    for table, count in COUNTS.items():
+        assert re.search(rf"^\|.*`bash benchmark.sh {table}` \|[^|]*\| {count} \|", readme, re.M), table
+
+
+def test_every_command_parses():
+    """Each kind of command; they differ in task and seed only."""
+    kinds = {}
+    for table in COUNTS:
+        for command in dry_run(table, "--seeds", "1") + dry_run(table, "--seeds", "1", "--offline-steps", 7):
+            kinds[re.sub(r"--env-id \S+|runs/\S+", "", command)] = command
+    assert len(kinds) > 50
+    for command in kinds.values():
+        _, script, *flags = shlex.split(command)
+        name = Path(script).stem
+        module = importlib.import_module(name) if (ROOT / script).exists() else td3_opt  # the same flags in all
+        args = tyro.cli(module.Args, args=flags)
+        given = values(command)
+        assert args.env_id == given["--env-id"] and args.resume and not args.progress
+        assert args.opt == ("_opt" in args.exp_name) == ("--no-opt" not in flags)
+        assert args.q_on == ("no_q_on" not in args.exp_name)
+        start, replay, kappa, n_tau = (
+            re.search(rf"_{key}_([\d.a-z]+)$", args.exp_name) for key in ("init", "replay", "kappa(?:_end)?", "n_tau")
+        )
+        assert args.q_on_init == (start.group(1) if start else "meta")
+        assert args.replay == (replay.group(1) if replay else None)
+        assert args.kappa_end == (float(kappa.group(1)) if kappa else None)
+        assert args.kappa_init == (args.kappa_end if kappa and "kappa_end" not in args.exp_name else None)
+        n_tau = int(n_tau.group(1)) if n_tau else 25_000
+        assert (args.n_tau, args.n_pretrain, args.online_steps) == (n_tau, 2 * n_tau, 275_000 + n_tau)
+        offline = 0 if args.exp_name == "rlpd_vanilla" else 7 if "--run-dir" in flags else 1_000_000
+        assert args.offline_steps == offline
+
+
+def test_tables_can_be_narrowed_and_shortened():
+    narrow = ("--env-ids", "pen-cloned-v1 hopper-random-v2", "--seeds", "3-4", "--offline-steps", 10)
+    commands = dry_run("table13", *narrow, "--online-steps", 20, "--", "--n-tau", 4, "--dataset", "a b.hdf5")
+    assert len(commands) == 12
+    for command in commands:
+        assert values(command)["--online-steps"] == "20" and shlex.split(command)[-4:] == [
+            "--n-tau",
+            "4",
+            "--dataset",
+            "a b.hdf5",
+        ]
+        assert values(command)["--offline-steps"] == ("0" if "rlpd_vanilla" in command else "10")
+        # Beside the full runs, not among them.
+        assert folder_of(command).endswith("__online20" if "rlpd_vanilla" in command else "__offline10_online20")
+    n_tau = dry_run("ablation-n-tau", "--seeds", 1, "--env-ids", "hopper-random-v2", "--online-steps", 100)
+    assert sorted(int(values(c)["--online-steps"]) - int(values(c)["--n-tau"]) for c in n_tau) == [100] * 5
+
+
+def test_the_slurm_array_has_the_same_commands(folder):
+    options = ["table13", "--env-ids", "pen-cloned-v1 hopper-random-v2", "--seeds", "3-4", "--online-steps", 20]
+    extra = ["--", "--n-tau", 4, "--dataset", "a b.hdf5"]
+    script = benchmark(folder, *options, "--jobs", 2, "--slurm", *extra, THREADS="3").stdout
+    (folder / "job.slurm").write_text(script)
+    assert "#SBATCH --array=0-3\n" in script and "#SBATCH --cpus-per-task=6\n" in script and "--jobs 2" in script
+    for word in ("--time=", "--mem=", "--gres=", "--requeue"):
+        assert re.search(rf"^##?SBATCH {word}", script, re.M)
+    commands = []
+    for element in range(4):
+        result = subprocess.run(
+            ["bash", str(folder / "job.slurm"), "--dry-run"],
+            env=os.environ | {"SLURM_ARRAY_TASK_ID": str(element)},
+            capture_output=True,
+            text=True,
+        )
+        commands.append(result.stdout.splitlines())
+    assert [len(element) for element in commands] == [3] * 4
+    whole = benchmark(folder, *options, "--dry-run", *extra).stdout.splitlines()
+    assert sorted(sum(commands, [])) == sorted(whole)
+
+
+def test_usage_and_bad_input():
+    result = benchmark(ROOT)
+    assert result.returncode == 0 and result.stdout.startswith("usage: bash benchmark.sh")
+    assert all(word in result.stdout for word in [*COUNTS, "quick", "speed", "report", "--jobs", "--slurm"])
+    cases = {
+        "table4": "unknown command",
+        "table1 --sedes 3": "unknown option '--sedes'",
+        "table1 3": "unknown option '3'",
+        "table1 --seeds": "needs a value",
+        "table1 --seeds 0": "--seeds 0",
+        "table1 --seeds 4-2": "--seeds 4-2",
+        "table1 --jobs 0": "--jobs 0",
+        "table1 --online-steps 1e5": "whole number",
+        "table1 -- --seed 3": "--seed after --",
+        "quick now": "takes no options",
+    }
+    for arguments, words in cases.items():
+        result = benchmark(ROOT, *arguments.split())
+        assert result.returncode == 2 and result.stdout == "", arguments
+        assert words in result.stderr and result.stderr.startswith("benchmark.sh: ") and result.stderr.count("\n") == 1
+
+
+STAND_IN = r"""#!/usr/bin/env bash
+trap 'echo got TERM; stopped=1' TERM
+nap() { # as a run does, it takes a while to stop
+    sleep "${NAP:-0.3}" & wait
+    [[ -z ${stopped:-} ]] || { sleep 0.5; sleep 0.5; exit 143; }
+}
+while (($#)); do
+    case $1 in --exp-name) name=$2 ;; --seed) seed=$2 ;; --env-id) env=$2 ;; --offline-from) from=$2 ;; esac
+    shift
+done
+folder=runs/${env}__${name}__$seed
+[[ -z ${from:-} || -f $from/offline.pt ]] || { echo "no offline.pt"; exit 2; }
+echo "$(date +%s.%N) start $name $seed gpu ${CUDA_VISIBLE_DEVICES-none} threads $OMP_NUM_THREADS pid $$" >>events
+[[ $name-$seed != "${FAILING:-}" ]] || { echo "$name-$seed: cannot"; exit 1; }
+nap
+touch "$folder/offline.pt"
+nap
+echo "$(date +%s.%N) end $name $seed" >>events
+"""
+
+
+@pytest.fixture
+def stand_in(folder) -> dict[str, str]:
+    """PATH with a python that only takes note of what it is started with."""
+    (folder / "bin").mkdir()
+    (folder / "bin" / "python").write_text(STAND_IN)
+    (folder / "bin" / "python").chmod(0o755)
+    return {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+
+
+def events(folder: Path) -> list[list[str]]:
+    return [line.split() for line in (folder / "events").read_text().splitlines()]
+
+
+def test_jobs_share_gpus_and_offline_phases_come_first(folder, stand_in):
+    narrow = ("table1", "--env-ids", "A-v0", "--seeds", 3, "--jobs", 3)
+    result = benchmark(folder, *narrow, CUDA_VISIBLE_DEVICES="4,7", **stand_in)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "6 of 6 runs are complete, 0 failed" in result.stdout
+    running, most, started = set(), 0, []
+    for _, what, *run in events(folder):
+        running ^= {tuple(run[:2])}
+        most = max(most, len(running))
+        if what == "start":
+            started.append(run[:2])
+            assert run[3] in ("4", "7") and run[5] == "1"
+    assert most == 3 and not running
+    assert {run[0] for run in started[:3]} == {"td3"}  # while the owners are in their offline phase
+    assert {run[3] for _, what, *run in events(folder) if what == "start"} == {"4", "7"}
+
+
+def test_a_failure_is_reported_and_tried_again(folder, stand_in):
+    narrow = ("table1", "--env-ids", "A-v0", "--seeds", 2, "--jobs", 2)
+    result = benchmark(folder, *narrow, FAILING="td3-1", **stand_in)
+    assert result.returncode == 1 and "2 of 4 runs are complete, 2 failed" in result.stdout
+    assert "failed: runs/A-v0__td3__1/benchmark.log: exit 1: td3-1: cannot" in result.stdout
+    assert "failed: runs/A-v0__td3_opt__1/benchmark.log: exit 2: no offline.pt" in result.stdout
+    result = benchmark(folder, *narrow, **stand_in)
+    assert result.returncode == 0 and "2 of 4 runs are complete already" in result.stdout
+    counts = Counter((name, seed) for _, what, name, seed, *_ in events(folder) if what == "start")
+    assert counts == {("td3", "0"): 1, ("td3_opt", "0"): 1, ("td3", "1"): 2, ("td3_opt", "1"): 1}
+
+
+@pytest.mark.parametrize(
+    "number, status, slurm",
+    [
+        (signal.SIGINT, 130, False),
+        (signal.SIGTERM, 143, False),
+        (signal.SIGHUP, 129, False),
+        (signal.SIGTERM, 143, True),
+    ],
+)
+def test_ctrl_c_stops_the_runs_first(folder, stand_in, number, status, slurm):
+    """Each run gets one signal: at a second one it would not wait for its checkpoint."""
+    command = ["bash", "benchmark.sh", "table1", "--env-ids", "A-v0", "--seeds", "4", "--jobs", "2"]
+    environment = {key: value for key, value in os.environ.items() if key != "SLURM_JOB_ID"} | stand_in
+    environment |= {"NAP": "60"} | ({"SLURM_JOB_ID": "1"} if slurm else {})
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    wait_for(lambda: (folder / "events").exists() and len(events(folder)) == 2)
+    os.killpg(process.pid, number)  # as a terminal does; the runs are in process groups of their own
+    for *_, pid in events(folder) if slurm else ():  # Slurm signals every process of a job
+        os.killpg(int(pid), number)
+    out, _ = process.communicate(timeout=20)
+    assert process.returncode == status and out.count(": stopped") == 2 and "0 of 8 runs are complete" in out
+    for seed in (0, 1):
+        log = (folder / "runs" / f"A-v0__td3__{seed}" / "benchmark.log").read_text()
+        assert log.count("got TERM") == 1
+
+
+def wait_for(condition, seconds: float = 300) -> None:
+    deadline = time.time() + seconds
+    while not condition():
+        assert time.time() < deadline
+        time.sleep(0.05)
+
+
+def test_runs_that_a_killed_benchmark_left_behind_are_waited_for(folder, stand_in):
+    command = ["bash", "benchmark.sh", "table1", "--env-ids", "A-v0", "--seeds", "2", "--jobs", "2"]
+    environment = os.environ | stand_in | {"NAP": "1.5"}
+    first = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL)
+    wait_for(lambda: (folder / "events").exists() and len(events(folder)) == 2)
+    first.kill()
+    first.wait()
+    assert subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL).returncode == 0
+    running = Counter()
+    for _, what, name, seed, *_ in events(folder):
+        running[name, seed] += 1 if what == "start" else -1
+        assert running[name, seed] in (0, 1), "two processes in one run's folder"
+    assert not any(running.values())
+
+
+def test_a_grid_of_real_runs_killed_in_the_middle(folder, home, pendulum_file):
+    """8 runs, 2 at a time: one fails, benchmark.sh is killed outright, its runs live on; the second one makes up."""
+    command = ["bash", "benchmark.sh", "table1", "--env-ids", "InvertedPendulum-v5", "--seeds", "4", "--jobs", "2"]
+    command += [
+        "--offline-steps",
+        "20",
+        "--online-steps",
+        "40",
+        "--",
+        "--n-tau",
+        "20",
+        "--n-pretrain",
+        "20",
+        "--utd",
+        "1",
+    ]
+    command += ["--batch-size", "8", "--eval-freq", "0", "--eval-episodes", "1", "--dataset", str(pendulum_file)]
+    runs = {f"{name}-{seed}": folder / "runs" / f"InvertedPendulum-v5__{name}__{seed}__offline20_online40"
+            for name in ("td3", "td3_opt") for seed in range(4)}  # fmt: skip
+    runs["td3_opt-2"].mkdir(parents=True)
+    (runs["td3_opt-2"] / "checkpoint.pt").write_text("no checkpoint")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"HOME": str(home), "PATH": path}
+    first = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL)
+    wait_for(lambda: (runs["td3_opt-0"] / "args.json").exists())
+    first.kill()
+    first.wait()
+    complete_before = {name for name, run in runs.items() if (run / "benchmark.done").exists()}
+    assert len(complete_before) < 6
+    second = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert second.returncode == 1 and "7 of 8 runs are complete, 1 failed" in second.stdout, second.stdout
+    failed = [line for line in second.stdout.splitlines() if line.startswith("failed: ")]
+    assert len(failed) == 1 and "__td3_opt__2__" in failed[0] and "checkpoint.pt is damaged" in failed[0]
+    for name, run in runs.items():
+        if name != "td3_opt-2":
+            with open(run / "evals.csv", newline="") as file:
+                last = list(csv.DictReader(file))[-1]
+            assert (last["phase"], last["env_steps"]) == ("online_finetune", "40")
+            assert len(list(run.glob("events.out.tfevents*"))) == 1, f"{name} was trained twice"
+            again = (run / "benchmark.log").read_text().count("is complete")
+            assert again <= (name not in complete_before)
+
+
+def test_report_is_run_by_benchmark(tmp_path):
+    with contextlib.chdir(tmp_path):
+        result = benchmark(ROOT, "report", "--runs", tmp_path / "none", "--out", tmp_path / "out")
+    assert result.returncode == 2 and result.stderr.startswith("report.py: ")

@@ -1,0 +1,305 @@
+"""report.py on made-up runs whose means, intervals and IQM are computed here by other means."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT))
+import report
+
+EVALS = "phase,env_steps,gradient_steps,normalized_score,return_mean,return_std,length_mean,success_rate,seconds\n"
+SPEED = "phase,gradient_steps,env_steps,seconds,gradient_steps_per_second\n"
+
+
+def write_run(runs: Path, variant: str, env_id: str, seed: int, scores: list[float], **changes) -> Path:
+    """A run whose scores are evenly spread over its online steps, the first before any."""
+    args = {"env_id": env_id, "exp_name": variant, "seed": seed, "opt": variant.endswith("opt") or "_opt_" in variant}
+    args |= {"offline_steps": 1_000_000, "online_steps": 300_000, "n_tau": 25_000, "n_pretrain": 50_000}
+    args |= {"q_on_init": "meta", "utd": report.UTD.get(variant.split("_")[0], 5), "gamma": 0.99}
+    args |= {"device_name": "cpu", "threads": 1} | changes
+    folder = runs / f"{env_id}__{variant}__{seed}__{args['offline_steps']}_{args['online_steps']}_{args['n_tau']}"
+    folder.mkdir(parents=True)
+    (folder / "args.json").write_text(json.dumps(args))
+    steps = np.linspace(0, args["online_steps"], len(scores)).astype(int)
+    rows = [f"{'online_finetune' if step else 'offline'},{step},{step},{score},{10 * score},1,9,,1\n"
+            for step, score in zip(steps, scores, strict=True)]  # fmt: skip
+    (folder / "evals.csv").write_text(EVALS + "".join(rows))
+    (folder / "speed.csv").write_text(
+        SPEED + f"offline,1000,0,{100 + seed},{10 - seed}\nonline_finetune,5000,1000,800,6.25\n"
+    )
+    return folder
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Figures take most of the time; one test draws them."""
+    for name in ("draw_curves", "draw_scores"):
+        monkeypatch.setattr(report, name, lambda table, steps, path: path)
+
+
+def csv_rows(path: Path) -> list[dict]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def make(runs: Path, out: Path) -> tuple[str, list[dict], list[dict]]:
+    text = report.report(runs, out)
+    return text, csv_rows(out / "scores.csv"), csv_rows(out / "totals.csv")
+
+
+def left_out(text: str) -> list[str]:
+    return text.split("## Left out\n\n- ")[1].strip().split("\n- ")
+
+
+@pytest.fixture
+def runs(tmp_path) -> Path:
+    """TD3: 3 seeds on two tasks; TD3+OPT: 3 and 4 seeds on them, and one on a third."""
+    runs = tmp_path / "runs"
+    for seed, score in enumerate((10.0, 20.0, 60.0)):
+        write_run(runs, "td3", "hopper-random-v2", seed, [0, 5, score])
+        write_run(runs, "td3", "walker2d-random-v2", seed, [0, 5, score / 2])
+    for seed, score in enumerate((90.0, 100.0, 110.0)):
+        write_run(runs, "td3_opt", "hopper-random-v2", seed, [0, 50, score])
+    for seed, score in enumerate((80.0, 81.0, 82.0, 99.0)):
+        write_run(runs, "td3_opt", "walker2d-random-v2", seed, [0, 50, score])
+    write_run(runs, "td3_opt", "hopper-medium-v2", 0, [0, 50, 112.5])
+    return runs
+
+
+def test_means_intervals_totals_and_iqm(runs, tmp_path):
+    text, scores, totals = make(runs, tmp_path / "out")
+    cells = {(row["variant"], row["task"]): row for row in scores}
+    assert all(row["table"] == "table1" for row in scores) and len(scores) == 5
+    hopper = cells["td3", "hopper-random-v2"]
+    # mean 30; s = sqrt((20^2 + 10^2 + 30^2) / 2) = 26.4575; t(0.975, 2) = 4.302653; 4.302653 s / sqrt(3) = 65.7241
+    assert float(hopper["mean"]) == pytest.approx(30) and float(hopper["interval"]) == pytest.approx(65.7241, abs=1e-4)
+    assert hopper["seeds"] == "3" and hopper["paper"] == "86.0" and hopper["paper_interval"] == "13.3"
+    walker = cells["td3_opt", "walker2d-random-v2"]
+    # mean 85.5; s = sqrt((5.5^2 + 4.5^2 + 3.5^2 + 13.5^2) / 3) = 9.0370; t(0.975, 3) = 3.182446; / 2
+    assert float(walker["mean"]) == pytest.approx(85.5) and float(walker["interval"]) == pytest.approx(
+        14.3798, abs=1e-4
+    )
+    single = cells["td3_opt", "hopper-medium-v2"]
+    assert single["seeds"] == "1" and single["interval"] == "" and float(single["mean"]) == 112.5
+
+    entries = {row["variant"]: row for row in totals}
+    # The third task is in one column only. Seeds: as many of each task as the task with the fewest has.
+    assert {row["tasks"] for row in totals} == {"2"} and {row["iqm_seeds"] for row in totals} == {"3"}
+    assert float(entries["td3"]["total"]) == pytest.approx(45) and float(entries["td3_opt"]["total"]) == 185.5
+    assert float(entries["td3"]["paper_total"]) == pytest.approx(86.1)
+    # Sorted 5 10 10 20 30 60, a quarter of 6 is 1.5: scipy's trim_mean cuts one at each end, (10 + 10 + 20 + 30) / 4
+    assert float(entries["td3"]["iqm"]) == pytest.approx(17.5)
+    # 80 81 82 90 100 110: (81 + 82 + 90 + 100) / 4
+    assert float(entries["td3_opt"]["iqm"]) == pytest.approx(88.25)
+    low, high = own_bootstrap(np.array([[10, 5], [20, 10], [60, 30]]))
+    assert float(entries["td3"]["iqm_low"]) == pytest.approx(low, abs=2)
+    assert float(entries["td3"]["iqm_high"]) == pytest.approx(high, abs=2)
+
+    assert "| hopper-random-v2 | 1,000,000 + 300,000 | 30.0 ± 65.7 (3) | 86.0 ± 13.3 | 100.0 ± 24.8 (3) | 108.7" in text
+    assert "| hopper-medium-v2 | 1,000,000 + 300,000 | – | 89.3 ± 14.5 | 112.5 (1) | 112.2 ± 0.6 |" in text
+    assert "| **total of 2** | 1,000,000 + 300,000 | 45.0 | 86.1 | 185.5 | 196.7 |" in text
+    assert left_out(text) == ["nothing"]
+    for name in ("table1-curves.png", "table1-scores.png"):
+        assert name in text and (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def own_bootstrap(scores: np.ndarray, repetitions: int = 4000) -> tuple[float, float]:
+    """Resample seeds within each task; the mean of what is left of the sorted scores without a quarter at each end."""
+    generator, values = np.random.default_rng(1), []
+    for _ in range(repetitions):
+        picked = np.stack([generator.choice(column, len(column)) for column in scores.T])
+        cut = picked.size // 4
+        values.append(np.sort(picked.ravel())[cut : picked.size - cut].mean())
+    return tuple(np.percentile(values, (2.5, 97.5)))
+
+
+def test_what_cannot_be_used_is_named_and_counts_nowhere(runs, no_figures, tmp_path):
+    before = make(runs, tmp_path / "before")[1:]
+    env = "halfcheetah-medium-v2"
+    unfinished = write_run(runs, "td3", env, 0, [1, 2, 3], online_steps=300_000)
+    (unfinished / "evals.csv").write_text(EVALS + "offline,0,0,1,10,1,9,,1\nonline_finetune,150000,7,2,20,1,9,,1\n")
+    half = write_run(runs, "td3", env, 1, [1, 2, 3])
+    (half / "evals.csv").write_text((half / "evals.csv").read_text()[:-12])
+    uncut = write_run(runs, "td3", env, 2, [1, 2, 3])  # as many fields as a row, but the last one may be cut
+    (uncut / "evals.csv").write_text((uncut / "evals.csv").read_text()[:-1])
+    write_run(runs, "td3", env, 3, [1, 2, float("nan")])
+    (runs / "never_started").mkdir()
+    (runs / "never_started" / "benchmark.log").write_text("no\n")
+    (write_run(runs, "td3", env, 4, [1, 2, 3]) / "args.json").write_text('{"env_id": "hop')
+    (write_run(runs, "td3", env, 5, [1, 2, 3]) / "args.json").write_text('{"env_id": "hopper-random-v2"}')
+    (write_run(runs, "td3", env, 6, [1, 2, 3]) / "evals.csv").unlink()
+    (write_run(runs, "td3", env, 7, [1, 2, 3]) / "evals.csv").write_text("phase,env_st")
+    twice = write_run(runs, "td3", "hopper-random-v2", 0, [1, 2, 3], n_tau=7)
+    text, *after = make(runs, tmp_path / "after")
+    assert after == list(before)
+    notes = left_out(text)
+    expected = {
+        f"{unfinished}: unfinished (online_finetune, environment step 150000 of 300000)": 1,
+        f"{half / 'evals.csv'}, line 4: half-written": 1,
+        f"{half}: unfinished": 1,
+        f"{uncut / 'evals.csv'}, line 4: half-written": 1,
+        f"{uncut}: unfinished": 1,
+        "no finite score at environment step 300000": 1,
+        "its last score is not finite": 1,
+        "never_started: no readable args.json": 1,
+        "no readable args.json (JSONDecodeError)": 1,
+        "args.json has no device_name": 1,
+        "evals.csv does not exist": 1,
+        "unfinished (start, environment step 0 of 300000)": 2,
+        f"{twice}: the same variant, task, seed and steps as": 1,
+    }
+    for words, count in expected.items():
+        assert sum(words in note for note in notes) == count, (words, notes)
+    assert len(notes) == sum(expected.values())
+
+
+def test_a_nan_in_the_middle_costs_one_point_of_the_curve(no_figures, tmp_path):
+    folder = write_run(tmp_path / "runs", "td3", "hopper-random-v2", 0, [1, float("nan"), 3])
+    text, scores, _ = make(tmp_path / "runs", tmp_path / "out")
+    assert float(scores[0]["mean"]) == 3
+    assert left_out(text) == [f"{folder / 'evals.csv'}: no finite score at environment step 150000, left out"]
+
+
+def test_other_steps_are_other_rows(runs, no_figures, tmp_path):
+    for seed in (0, 1):
+        write_run(runs, "td3", "hopper-random-v2", seed, [0, 1, 2], offline_steps=500, online_steps=400, n_tau=9)
+        write_run(runs, "td3_opt", "hopper-random-v2", seed, [0, 1, 4], offline_steps=500, online_steps=400, n_tau=9)
+        write_run(runs, "td3_opt", "hopper-random-v2", seed, [0, 1, 8], offline_steps=500, online_steps=400, n_tau=30)
+    write_run(runs, "td3_opt", "hopper-random-v2", 0, [0, 1, 16], utd=1, offline_steps=1)
+    text, scores, _ = make(runs, tmp_path / "out")
+    assert "| hopper-random-v2 | 1,000,000 + 300,000 | 30.0 ± 65.7 (3) | 86.0 ± 13.3 | 100.0 ± 24.8 (3) |" in text
+    assert "| hopper-random-v2 | 500 + 400, N_tau 9 | 2.0 ± 0.0 (2) | 86.0 ± 13.3 | 4.0 ± 0.0 (2) |" in text
+    assert "| hopper-random-v2 | 500 + 400, N_tau 30 | 2.0 ± 0.0 (2) | 86.0 ± 13.3 | 8.0 ± 0.0 (2) |" in text
+    assert "| hopper-random-v2 | 1 + 300,000, UTD 1 | – | 86.0 ± 13.3 | 16.0 (1) |" in text
+    assert "(table1-500+400-N_tau-9-curves.png)" in text
+    assert left_out(text) == ["nothing"]
+
+
+def test_one_cell_with_other_arguments_is_named(runs, no_figures, tmp_path):
+    write_run(runs, "td3", "hopper-random-v2", 3, [0, 1, 2], gamma=0.5)
+    text, *_ = make(runs, tmp_path / "out")
+    assert len(left_out(text)) == 1 and "table1: one cell mixes --gamma 0.5, 0.99" in left_out(text)[0]
+
+
+def test_n_tau_and_rlpd_share_rows_although_their_steps_differ(no_figures, tmp_path):
+    runs, env = tmp_path / "runs", "hopper-random-v2"
+    for n_tau, score in ((6250, 1), (12500, 2), (25000, 3), (50000, 4), (100000, 5)):
+        variant = "td3_opt" if n_tau == 25000 else f"td3_opt_n_tau_{n_tau}"
+        write_run(runs, variant, env, 0, [0, score], n_tau=n_tau, n_pretrain=2 * n_tau, online_steps=275_000 + n_tau)
+    write_run(runs, "rlpd_vanilla", env, 0, [0, 6], offline_steps=0, opt=False)
+    write_run(runs, "rlpd", env, 0, [0, 7])
+    write_run(runs, "rlpd_opt", env, 0, [0, 8])
+    text, *_ = make(runs, tmp_path / "out")
+    assert text.count("| hopper-random-v2 | 1,000,000 + 300,000 |") == 3  # table 1, because of td3_opt, 10 and 13
+    row = next(line for line in text.splitlines() if line.startswith("| hopper-random-v2") and "105.8 ± 1.3" in line)
+    assert [cell.strip() for cell in row.split("|")][3:-1:2] == [f"{score:.1f} (1)" for score in (1, 2, 3, 4, 5)]
+    row = next(line for line in text.splitlines() if line.startswith("| hopper-random-v2") and "95.7 ± 18.4" in line)
+    assert [cell.strip() for cell in row.split("|")][3:-1:2] == ["6.0 (1)", "7.0 (1)", "8.0 (1)"]
+
+
+def test_runs_that_no_table_has_are_shown_too(no_figures, tmp_path):
+    runs = tmp_path / "runs"
+    folder = write_run(runs, "my_idea", "InvertedPendulum-v5", 0, [1, 2])
+    text = (folder / "evals.csv").read_text().replace(",1,10,", ",nan,10,").replace(",2,20,", ",nan,20,")
+    (folder / "evals.csv").write_text(text)
+    write_run(runs, "my_idea", "hopper-random-v2", 0, [1, 2])
+    text, *_ = make(runs, tmp_path / "out")
+    assert "| InvertedPendulum-v5 (return) | 1,000,000 + 300,000, UTD 5 | 20.0 (1) |" in text
+    assert "| hopper-random-v2 | 1,000,000 + 300,000, UTD 5 | 2.0 (1) |" in text and "Table 1" not in text
+
+
+def test_speed(runs, no_figures, tmp_path):
+    make(runs, tmp_path / "out")
+    row = next(row for row in csv_rows(tmp_path / "out" / "speed.csv") if row["variant"] == "td3")
+    assert (row["runs"], row["device"], row["threads"]) == ("6", "cpu", "1")
+    assert float(row["offline_gradient_steps_per_second"]) == 9  # of 10, 9, 8, each twice
+    assert float(row["online_finetune_gradient_steps_per_second"]) == 6.2
+    assert float(row["offline_hours"]) == pytest.approx(101 / 3600, abs=1e-4)
+    assert float(row["hours_in_all"]) == pytest.approx((2 * (100 + 101 + 102) + 6 * 800) / 3600, abs=1e-4)
+
+
+def test_every_number_of_the_paper_is_known():
+    paper = report.read_paper()
+    assert (
+        paper[1]["TD3+OPT", "hopper-random-v2"] == (108.7, 1.7) and paper[3]["SPOT", "relocate-cloned-v1"][0] == -0.19
+    )
+    for title, n, headings in report.TABLES.values():
+        assert f"Table {n}:" in title
+        assert {method for method, _ in paper[n]} >= set(headings.values())
+        if n not in (1, 2, 3, 12):  # those have the other papers' methods as well
+            assert {method for method, _ in paper[n]} == set(headings.values())
+
+
+def write_bias(folder: Path, with_q_on: bool = True) -> None:
+    lines = ["phase,env_steps,gradient_steps,pair,q_off_bias,q_on_bias,q_mix_bias\n"]
+    generator = np.random.default_rng(0)
+    for phase, env, steps in (
+        ("offline", 0, np.linspace(0, 1e6, 21)),
+        ("online_finetune", 5, np.linspace(1.05e6, 2.4e6, 30)),
+    ):
+        for step in steps.astype(int):
+            for pair in range(10):
+                off, on = 80 * np.exp(-step / 1e6) + generator.normal(0, 8), generator.normal(5, 3)
+                on, mix = (f"{on}", f"{0.5 * off + 0.5 * on}") if with_q_on and phase != "offline" else ("", "")
+                lines.append(f"{phase},{env},{step},{pair},{off},{on},{mix}\n")
+    folder.mkdir(parents=True)
+    (folder / "bias.csv").write_text("".join(lines) + "online_fine")
+
+
+def run_report(*arguments, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "report.py"), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+def test_bias_and_tsne_figures(tmp_path, capsys, monkeypatch):
+    write_bias(tmp_path / "a"), write_bias(tmp_path / "b", with_q_on=False)
+    generator = torch.Generator().manual_seed(0)
+    states = {name: torch.randn(60, 5, generator=generator) + i for i, name in enumerate(("offline", "first", "last"))}
+    torch.save({"kind": "model.pt", "states": states}, tmp_path / "a" / "model.pt")
+    for what, folders in (("bias", ("a", "b")), ("tsne", ("a",))):
+        monkeypatch.setattr(
+            sys, "argv", ["report.py", what, *(str(tmp_path / f) for f in folders), "--out", str(tmp_path)]
+        )
+        report.main()
+    out = capsys.readouterr().out
+    assert out.count("half-written") == 2 and "bias.png" in out and "tsne-a.png" in out
+    for name in ("bias.png", "tsne-a.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_bad_input_is_one_line_and_status_2(tmp_path, capsys, monkeypatch):
+    (tmp_path / "old").mkdir()
+    torch.save({"kind": "model.pt"}, tmp_path / "old" / "model.pt")
+    monkeypatch.chdir(tmp_path)
+    cases = {
+        "--runs": "runs is no folder",
+        "histogram": "invalid choice",
+        "tsne": "one run folder",
+        "tsne a b": "one run folder",
+        "bias": "one or more",
+        "tsne runs/none": "no model.pt",
+        "tsne old": "holds no states",
+        "bias runs/none": "--reference-model",
+        "tables runs": "--runs",
+    }
+    for arguments, words in cases.items():
+        words, arguments = (words, []) if arguments == "--runs" else (words, arguments.split())
+        monkeypatch.setattr(sys, "argv", ["report.py", *arguments])
+        with pytest.raises(SystemExit) as error:
+            report.main()
+        message = capsys.readouterr().err
+        assert error.value.code == 2 and message.startswith("report.py: ") and message.count("\n") == 1, message
+        assert words in message
+
+
+def test_an_empty_folder_says_so(tmp_path):
+    (tmp_path / "runs").mkdir()
+    result = run_report(cwd=tmp_path)
+    assert result.returncode == 2 and result.stderr.startswith("report.py: runs holds no run"), result.stderr
