@@ -707,6 +707,13 @@ class ReplayBuffer:
         """n/2 rows of B_off and n/2 of B_on (RLPD)."""
         return torch.cat([self.sample_offline(n // 2), self.sample_online(n // 2)])
 
+    def some_states(self) -> dict[str, torch.Tensor]:
+        """Some 2,000 observations each of B_off and of the oldest and the newest 10,000 online transitions (Fig. 6)."""
+        offline, online = self.rows[:, : self.widths[0]].split([self.n_offline, self.online_capacity])
+        online = online[: self.n_online]
+        parts = {"offline": offline[:: max(1, self.n_offline // 2_000)], "first": online[:10_000:5]}
+        return {name: part.cpu().clone() for name, part in (parts | {"last": online[-10_000::5]}).items()}
+
     def state_dict(self) -> dict:
         return {"added": self.added, "online_rows": self.rows[self.n_offline : self.n_offline + self.n_online].clone()}
 
@@ -1859,6 +1866,7 @@ def train(args: Args) -> float:
     if args.save_model:
         networks = {name: part.state_dict() for name, part in agent.parts().items() if isinstance(part, nn.Module)}
         model = {"kind": "model.pt", "args": asdict(args), "action_dim": buffer.widths[1], **data, **networks}
+        model["states"] = buffer.some_states()  # for report.py tsne
         write_whole(run.folder / "model.pt", saved(model))
     if args.capture_video:
         record_video(args.env_id, run.folder, policy, normalize, args.seed)
