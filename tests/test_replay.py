@@ -33,6 +33,17 @@ def test_rows_come_back_as_they_were_stored_and_the_ring_wraps_around():
         np.testing.assert_array_equal(stored, column[[5, 6, 2, 3, 4]])
 
 
+def test_some_states_of_the_dataset_and_of_the_first_and_last_online_transitions():
+    column = np.arange(6_000, dtype=np.float32)[:, None]
+    buffer = ReplayBuffer(Dataset(column, column, column[:, 0], column, column[:, 0]), 13_000, CPU)
+    for step in range(12_000):
+        buffer.add([-step], [0], 0, [0], 0)
+    states = buffer.some_states()
+    assert states["offline"].flatten().tolist() == list(range(0, 6_000, 3))
+    assert states["first"].flatten().tolist() == list(range(0, -10_000, -5))
+    assert states["last"].flatten().tolist() == list(range(-2_000, -12_000, -5))
+
+
 def test_uniform_samplers_reach_every_row_of_their_buffer_and_no_other():
     buffer = ReplayBuffer(dataset(10), online_capacity=20, device=CPU)
     fill_online(buffer, dataset(5))
