@@ -475,7 +475,9 @@ def speed_rows(runs: list[Run]) -> list[dict]:
             row[f"{phase}_gradient_steps_per_second"] = round(median(map(float, rates)), 1) if rates else None
         for run in members:
             for entry in run.speed:
-                seconds["offline" if entry["phase"] == "offline" else "online"].append((run, float(entry["seconds"])))
+                seconds["offline" if entry["phase"] in ("vae", "offline") else "online"].append(
+                    (run, float(entry["seconds"]))
+                )
         for name, entries in seconds.items():
             by_run = defaultdict(float)
             for run, value in entries:

@@ -393,6 +393,11 @@ def cache_path(name: str) -> Path:
     return root / "opt-datasets" / f"{name.replace('/', '--')}.hdf5"
 
 
+def cannot_write(path: Path, error: OSError) -> SystemExit:
+    """What to say where the cache cannot be written."""
+    return bad_input(f"cannot write {path} ({brief(error)}): set XDG_CACHE_HOME to another folder")
+
+
 def write_hdf5(path: Path, arrays: dict[str, np.ndarray], **attributes) -> None:
     """Write arrays as a D4RL-style file, under a temporary name first: what has the final name is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -517,11 +522,17 @@ def minari_store() -> Path:
 
 
 def minari_id(env_id: str) -> str:
-    """The Minari id of an AntMaze or Adroit task; a newer version of it where only that is in the local store."""
+    """The Minari id of an AntMaze or Adroit task; a newer version where only that is in the local store, or was."""
     domain, kind = env_id.rsplit("-v", 1)[0].split("-", 1)
     name, first = (f"D4RL/{domain}/{kind}", 1 if domain == "antmaze" else 2)
     ids = [f"{name}-v{version}" for version in range(first, first + 10)]
-    return next((i for i in ids if (minari_store() / i / "data").is_dir()), ids[0])
+    stored = [i for i in ids if (minari_store() / i / "data").is_dir()]
+    return next(iter(stored or [i for i in ids if minari_copy(i, env_id).exists()] or ids))
+
+
+def minari_copy(dataset_id: str, env_id: str) -> Path:
+    """Where the flat copy of a Minari dataset is kept; AntMaze's is relabelled, each task's to its own goal."""
+    return cache_path(f"minari--{dataset_id}" + (f"--{env_id}" if env_id in ANTMAZE_TASKS else ""))
 
 
 def antmaze_goal(env_id: str) -> np.ndarray:
@@ -550,22 +561,26 @@ def read_minari(dataset_id: str, env_id: str, progress: bool) -> Dataset:
     A flat copy is kept in the cache, because Minari reads a group an episode; it is renewed when the dataset changes.
     """
     root, antmaze = minari_store() / dataset_id, env_id in ANTMAZE_TASKS
-    path = cache_path(f"minari--{dataset_id}" + (f"--{env_id}" if antmaze else ""))
-    stored = (root / "data").is_dir()
+    path, stored = minari_copy(dataset_id, env_id), (root / "data").is_dir()
     if not stored and not path.exists():
         try:
             minari.download_dataset(dataset_id)
         except Exception as error:  # whatever the remote's client raises: without network, or for an unknown id
             raise bad_input(
                 f"no data for {env_id}: {dataset_id} is no file, not in the local Minari store ({root}), and could not "
-                f"be downloaded ({brief(error)}). Three ways to get it: --dataset FILE.hdf5 in D4RL's form; --dataset "
-                "and an id that `minari list local` shows; or run once with network, to download it"
+                f"be downloaded ({brief(error)}). Three ways to get it: --dataset FILE.hdf5 of this environment; "
+                "--dataset and an id that `minari list local` shows; or run once with network, to download it"
             ) from None
     files = sorted(file for file in (root / "data").rglob("*") if file.is_file())
     source = " ".join(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
     if path.exists():
-        with h5py.File(path, "r") as file:
-            fresh = not stored or file.attrs["source"] == source
+        try:
+            with h5py.File(path, "r") as file:
+                fresh = not stored or file.attrs["source"] == source
+        except (OSError, KeyError) as error:
+            if not stored:
+                raise bad_input(f"{path} is damaged ({brief(error)}): delete it") from None
+            fresh = False
         if fresh:
             return read_hdf5(path)
     columns: dict[str, list] = {key: [] for key in Dataset._fields}
@@ -575,6 +590,12 @@ def read_minari(dataset_id: str, env_id: str, progress: bool) -> Dataset:
         bar = tqdm(episodes, total=len(episodes), desc=f"reading {dataset_id}", unit="episode", disable=not progress)
         for episode in bar:
             observations, rewards, terminals = episode.observations, episode.rewards, episode.terminations
+            if antmaze and not (isinstance(observations, dict) and "achieved_goal" in observations):
+                raise bad_input(f"--dataset {dataset_id} is no AntMaze dataset: write one for {env_id}")
+            lengths = {len(column) for column in (episode.actions, rewards, terminals)}
+            observed = observations.values() if isinstance(observations, dict) else [observations]
+            if lengths != {len(column) - 1 for column in observed}:
+                raise ValueError(f"episode {episode.id} has columns of different lengths")
             if antmaze:
                 steps, rewards = relabel_antmaze(observations["achieved_goal"], goal)
                 terminals = rewards
@@ -592,7 +613,12 @@ def read_minari(dataset_id: str, env_id: str, progress: bool) -> Dataset:
         raise bad_input(
             f"the Minari dataset {root} cannot be read ({brief(error)}): delete it and get it again"
         ) from None
-    write_hdf5(path, {key: np.concatenate(parts) for key, parts in columns.items()}, source=source)
+    if not columns["rewards"]:
+        raise bad_input(f"the Minari dataset {root} holds no episodes: delete it and get it again")
+    try:
+        write_hdf5(path, {key: np.concatenate(parts) for key, parts in columns.items()}, source=source)
+    except OSError as error:
+        raise cannot_write(path, error) from None
     return read_hdf5(path)
 
 
@@ -630,9 +656,7 @@ def load_dataset(env_id: str, dataset: str | None = None, progress: bool = True)
             download(D4RL_URL + name, own_cache, progress)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            raise bad_input(
-                f"cannot write {own_cache} ({brief(error)}): set XDG_CACHE_HOME to another folder"
-            ) from None
+            raise cannot_write(own_cache, error) from None
         raise bad_input(
             f"no data for {env_id} ({brief(error)}). Three ways to get it: put D4RL's file at {d4rl_cache}; "
             f"give --dataset FILE.hdf5 or a Minari id; or run once with network, to download {D4RL_URL}{name}"
@@ -648,6 +672,15 @@ def check_dataset(dataset: Dataset, env: gym.Env, args: Args) -> None:
         if found != shape:
             raise bad_input(
                 f"the data's {key} have shape {found}, those of {args.env_id} {shape}: give its own --dataset"
+            )
+    if args.env_id in ANTMAZE_TASKS:
+        maze, positions = env.unwrapped.maze, dataset.observations[:: max(1, len(dataset.rewards) // 1_000), :2]
+        cells = [tuple(int(i) for i in maze.cell_xy_to_rowcol(position)) for position in positions]
+        free = {(i, j) for i, row in enumerate(maze.maze_map) for j, cell in enumerate(row) if cell != 1}
+        if np.mean([cell in free for cell in cells]) < 0.9:
+            raise bad_input(
+                f"the data's ant walks outside the maze of {args.env_id}: give data of this maze, with the origin that "
+                "Gymnasium-Robotics gives it (D4RL's own files have another)"
             )
     if len(dataset.rewards) < args.batch_size:
         raise bad_input(

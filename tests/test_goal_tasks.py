@@ -1,5 +1,8 @@
 """AntMaze and Adroit: D4RL's rewards and environments on Minari's data."""
 
+import dataclasses
+import importlib
+
 import gymnasium as gym
 import gymnasium_robotics
 import minari
@@ -52,8 +55,11 @@ def test_success_ends_the_episode_with_the_one_reward():
     np.testing.assert_allclose(observation[:2], (-4, 3.8), atol=0.3)
 
 
+LAP = [(x, -4) for x in (-4, -2, 0, 2, 4)] + [(4, y) for y in (-2, 0, 2, 4)] + [(x, 4) for x in (2, 0, -2, -4)]
+
+
 class Walk(gym.Env):
-    """An ant that walks up along x = -4 from y = -4, one metre a step: at the goal (-4, 4) at the eighth step.
+    """An ant that walks around the umaze, two metres a step: at the goal (-4, 4) at the twelfth step, where it stays.
 
     The goal of the episode is elsewhere, and it is rewarded there: both are to be ignored.
     """
@@ -68,17 +74,18 @@ class Walk(gym.Env):
     action_space = gym.spaces.Box(-1, 1, (8,), np.float32)
 
     def look(self):
-        numbers = 100.0 + np.arange(27) + self.y
-        return {"observation": numbers, "achieved_goal": np.array([-4, self.y]), "desired_goal": np.array([-4.0, 0])}
+        position = np.array(LAP[min(self.t, 12)], float)
+        numbers = 100.0 + np.arange(27) + self.t
+        return {"observation": numbers, "achieved_goal": position, "desired_goal": np.array([4.0, 0])}
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.y, self.length = -4.0, 3 if options else 12
+        self.t, self.end = 0, 3 if options else 15
         return self.look(), {}
 
     def step(self, action):
-        self.y, self.length = self.y + 1, self.length - 1
-        return self.look(), float(self.y == 0), False, self.length == 0, {}
+        self.t += 1
+        return self.look(), float(self.t == 6), False, self.t == self.end, {}
 
 
 def collect(dataset_id: str, env: gym.Env, episodes: list) -> None:
@@ -99,19 +106,18 @@ def test_antmaze_data_is_made_d4rls(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "store"))
     collect("D4RL/antmaze/umaze-v1", Walk(), [None, {"short": True}])
     data = td3_opt.load_dataset("antmaze-umaze-v2", progress=False)
-    # the first episode ends at its eighth step, the second one is cut after three
-    assert data.rewards.tolist() == [0] * 7 + [1] + [0] * 3
-    assert data.terminals.tolist() == [0] * 7 + [1] + [0] * 3
-    heights = np.r_[np.arange(-4, 4), np.arange(-4, -1)]
-    expected = np.hstack([np.full((11, 1), -4), heights[:, None], 100 + np.arange(27) + heights[:, None]])
-    np.testing.assert_array_equal(data.observations, expected)
-    np.testing.assert_array_equal(data.next_observations[:, 1], heights + 1)
-    assert data.actions.shape == (11, 8) and data.observations.dtype == np.float32
+    # the first episode ends at its twelfth step, the second one is cut after three
+    assert data.rewards.tolist() == [0] * 11 + [1] + [0] * 3
+    assert data.terminals.tolist() == [0] * 11 + [1] + [0] * 3
+    times = np.r_[np.arange(12), np.arange(3)]
+    for observations, t in ((data.observations, times), (data.next_observations, times + 1)):
+        np.testing.assert_array_equal(observations, np.hstack([np.array(LAP)[t], 100 + np.arange(27) + t[:, None]]))
+    assert data.actions.shape == (15, 8) and data.observations.dtype == np.float32
     monkeypatch.setattr(td3_opt.minari, "load_dataset", lambda *_: pytest.fail("the flat copy was not used"))
     again = td3_opt.load_dataset("antmaze-umaze-v2", progress=False)
     np.testing.assert_array_equal(again.observations, data.observations)
     minari.delete_dataset("D4RL/antmaze/umaze-v1")  # the flat copy does without it
-    assert len(td3_opt.load_dataset("antmaze-umaze-v2", progress=False).rewards) == 11
+    assert len(td3_opt.load_dataset("antmaze-umaze-v2", progress=False).rewards) == 15
 
 
 def test_a_newer_version_is_taken_where_the_named_one_is_missing(tmp_path, monkeypatch):
@@ -122,6 +128,10 @@ def test_a_newer_version_is_taken_where_the_named_one_is_missing(tmp_path, monke
     (tmp_path / "store" / "D4RL" / "antmaze" / "umaze-v2" / "data").mkdir(parents=True)
     assert td3_opt.minari_id("pen-cloned-v1") == "D4RL/pen/cloned-v3"
     assert td3_opt.minari_id("antmaze-umaze-v2") == "D4RL/antmaze/umaze-v2"
+    copy = td3_opt.minari_copy("D4RL/door/cloned-v4", "door-cloned-v1")  # the store is gone, its flat copy is not
+    copy.parent.mkdir(parents=True)
+    copy.touch()
+    assert td3_opt.minari_id("door-cloned-v1") == "D4RL/door/cloned-v4"
     (tmp_path / "store" / "D4RL" / "pen" / "cloned-v2" / "data").mkdir(parents=True)
     assert td3_opt.minari_id("pen-cloned-v1") == "D4RL/pen/cloned-v2"
 
@@ -158,6 +168,75 @@ def test_data_that_is_nowhere_or_half_written(tmp_path, monkeypatch, capsys, env
         (data / "main_data.hdf5").write_bytes(b"half")
 
 
+def test_broken_minari_datasets_are_refused_before_they_are_kept(tmp_path, monkeypatch, capsys):
+    """Each with status 2 and one line; and nothing of them stays in the cache."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "store"))
+    dataset_id = "D4RL/antmaze/umaze-v1"
+    collect(dataset_id, Walk(), [None, {"short": True}])
+    load = minari.load_dataset
+
+    def refused(episodes, *words, env_id="antmaze-umaze-v2"):
+        monkeypatch.setattr(td3_opt.minari, "load_dataset", lambda _: episodes)
+        with pytest.raises(SystemExit) as error:
+            td3_opt.load_dataset(env_id, dataset_id, progress=False)
+        message = capsys.readouterr().err
+        assert error.value.code == 2 and message.count("\n") == 1 and all(word in message for word in words), message
+        assert not td3_opt.minari_copy(dataset_id, env_id).exists()
+
+    episodes = list(load(dataset_id))
+    refused([], "holds no episodes", "delete it")
+    short = dataclasses.replace(episodes[1], actions=episodes[1].actions[:2])
+    refused([episodes[0], short], "different lengths", "delete it")
+    cut = {key: column[:3] for key, column in episodes[1].observations.items()}
+    refused([dataclasses.replace(episodes[1], observations=cut)], "different lengths")
+    vectors = dataclasses.replace(episodes[1], observations=episodes[1].observations["observation"])
+    refused([vectors], "no AntMaze dataset", "antmaze-umaze-v2")
+    refused(episodes, "dict observations", env_id="pen-cloned-v1")
+    monkeypatch.undo()
+
+
+def test_a_damaged_flat_copy_is_made_anew_or_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "store"))
+    collect("D4RL/antmaze/umaze-v1", Walk(), [None])
+    copy = td3_opt.minari_copy("D4RL/antmaze/umaze-v1", "antmaze-umaze-v2")
+    copy.parent.mkdir(parents=True)
+    copy.write_bytes(b"half")
+    assert len(td3_opt.load_dataset("antmaze-umaze-v2", progress=False).rewards) == 12
+    copy.write_bytes(b"half")
+    minari.delete_dataset("D4RL/antmaze/umaze-v1")
+    with pytest.raises(SystemExit) as error:
+        td3_opt.load_dataset("antmaze-umaze-v2", progress=False)
+    assert error.value.code == 2 and f"{copy} is damaged" in capsys.readouterr().err
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "store"))
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    collect("D4RL/antmaze/umaze-v1", Walk(), [None])
+    with pytest.raises(SystemExit) as error:
+        td3_opt.load_dataset("antmaze-umaze-v2", progress=False)
+    assert error.value.code == 2 and "XDG_CACHE_HOME" in capsys.readouterr().err
+
+
+def test_data_of_another_maze_is_refused(tmp_path, monkeypatch, capsys):
+    """D4RL's origin is the start cell; umaze data in the large maze walks through its walls."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "store"))
+    collect("D4RL/antmaze/umaze-v1", Walk(), [None] * 4)
+    data = td3_opt.load_dataset("antmaze-umaze-v2", progress=False)
+    shifted = data._replace(observations=data.observations + 4)
+    args = td3_opt.resolve(td3_opt.Args(env_id="antmaze-umaze-v2", batch_size=8))
+    td3_opt.check_dataset(data, td3_opt.make_env("antmaze-umaze-v2"), args)
+    for wrong, env_id in ((shifted, "antmaze-umaze-v2"), (data, "antmaze-large-play-v2")):
+        args.env_id = env_id
+        with pytest.raises(SystemExit) as error:
+            td3_opt.check_dataset(wrong, td3_opt.make_env(env_id), args)
+        assert error.value.code == 2 and "outside the maze" in capsys.readouterr().err
+
+
+def test_minari_can_download():
+    importlib.import_module("minari.storage.remotes.huggingface")  # Minari's default remote; an extra of its
+
+
 def test_antmaze_trains_on_minus_one_a_step_and_is_scored_by_success(monkeypatch, tmp_path):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "store"))
     collect("D4RL/antmaze/umaze-v1", Walk(), [None] * 4)
@@ -171,9 +250,9 @@ def test_antmaze_trains_on_minus_one_a_step_and_is_scored_by_success(monkeypatch
     short = dict(offline_steps=1, online_steps=4, n_tau=2, n_pretrain=1, batch_size=8, eval_episodes=1, eval_freq=0)
     args = td3_opt.Args(env_id="antmaze-umaze-v2", run_dir=str(tmp_path / "run"), progress=False, utd=1, **short)
     assert td3_opt.train(args) == 0
-    stored = buffers[0][torch.arange(36)]
-    assert stored.rewards[:32].reshape(4, 8).tolist() == [[-1] * 7 + [0]] * 4
-    assert stored.rewards[32:].tolist() == [-1] * 4
+    stored = buffers[0][torch.arange(52)]
+    assert stored.rewards[:48].reshape(4, 12).tolist() == [[-1] * 11 + [0]] * 4
+    assert stored.rewards[48:].tolist() == [-1] * 4
     last = (tmp_path / "run" / "evals.csv").read_text().splitlines()[-1].split(",")
     assert last[3] == "0.0" and last[7] == "0.0"
     paper = td3_opt.resolve(td3_opt.Args(env_id="antmaze-umaze-v2"))
