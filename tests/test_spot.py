@@ -8,11 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import spot_opt
 import torch
 from spot_opt import Args
+from test_goal_tasks import Walk, collect
 
 SHORT = dict(env_id="InvertedPendulum-v5", vae_steps=12, offline_steps=20, online_steps=60, n_tau=30, n_pretrain=16)
 SHORT |= dict(batch_size=16, eval_episodes=1, eval_freq=0, progress=False)
@@ -143,6 +145,44 @@ def test_values_of_the_tasks():
     assert values("hopper-medium-v2") == (1, 0.5, False, 0.99, 0.99, 1, 150_000)
 
 
+def agent_of(**arguments) -> tuple[Args, spot_opt.Agent]:
+    args = spot_opt.resolve(Args(**arguments))
+    return args, spot_opt.Agent(args, 45, 24, torch.device("cpu"))
+
+
+def test_the_agents_networks_and_learning_rates():
+    for env_id, norms in (("pen-cloned-v1", 2), ("antmaze-umaze-v2", 0)):
+        _, agent = agent_of(env_id=env_id)
+        kinds = [type(layer).__name__ for layer in agent.actor.network]
+        assert kinds.count("LayerNorm") == norms
+        for critic in (agent.q_off, agent.q_on):
+            assert [type(norm).__name__ for norm in critic.norms].count("EnsembleLayerNorm") == norms
+        for layer, bound in (
+            (agent.actor.network[-2], 1e-3),
+            (agent.q_off.layers[2], 3e-3),
+            (agent.q_on.layers[2], 3e-3),
+        ):
+            for parameter in layer.parameters():
+                assert parameter.abs().max() <= bound
+            assert layer.weight.abs().max() > 0.9 * bound
+        names = ("actor_optimizer", "q_off_optimizer", "q_on_optimizer", "vae_optimizer")
+        rates = [getattr(agent, name).param_groups[0]["lr"] for name in names]
+        assert rates == [1e-4, 3e-4, 3e-4, 1e-3]
+
+
+def test_exploration_noise_has_its_size_and_is_clipped():
+    args = Args(exploration_noise=0.1, noise_clip=0.15)
+    torch.manual_seed(0)
+    noise = (
+        np.concatenate([spot_opt.explore(args, lambda _: np.full(24, 0.2, np.float32), None) for _ in range(500)]) - 0.2
+    )
+    assert np.abs(noise).max() == pytest.approx(0.15, abs=1e-6)
+    inside = noise[np.abs(noise) < 0.149]
+    assert (np.abs(noise) > 0.1499).mean() == pytest.approx(0.1336, abs=0.02)  # |N(0, 1)| > 1.5
+    assert inside.std() == pytest.approx(0.1 * 0.7427, rel=0.05)  # of a normal cut at 1.5 standard deviations
+    assert spot_opt.explore(args, lambda _: np.ones(24, np.float32), None).max() == 1
+
+
 @pytest.fixture
 def watched(monkeypatch, pendulum_file, tmp_path, home):
     """Train in this process, with a copy of all parts at the start of every phase and at the end."""
@@ -246,6 +286,80 @@ def test_discount_and_constraint_change_where_the_run_goes_online(watched, monke
     assert weights == pytest.approx([0.5] * 10 + cooled, abs=1e-6)
 
 
+@pytest.fixture
+def first_steps(watched, monkeypatch):
+    """Gradients of a run's first steps in each phase beside plain autograd on the very batches and noise."""
+
+    def first_steps(phase: str, **arguments) -> list[dict]:
+        steps, minimize, elbo_loss = [], spot_opt.minimize, spot_opt.elbo_loss
+        calls = {"elbo": [], "target": [], "mixed": []}
+        td_target, mixed_value = spot_opt.td_target, spot_opt.mixed_value
+
+        def watch_elbo(vae, observations, actions, weight):
+            calls["elbo"].append(weight)
+            return elbo_loss(vae, observations, actions, weight)
+
+        def watch_target(q_target, batch, next_actions, gamma):
+            target = td_target(q_target, batch, next_actions, gamma)
+            calls["target"].append((q_target, batch, target))
+            return target
+
+        def watch_mixed(q_off, q_on, kappa):
+            calls["mixed"].append((q_off.detach().clone(), q_on.detach().clone(), float(kappa)))
+            return mixed_value(q_off, q_on, kappa)
+
+        def watch(loss, optimizer):
+            parameters = optimizer.param_groups[0]["params"]
+            before = [p.detach().clone() for p in parameters]
+            minimize(loss, optimizer)
+            steps.append({"optimizer": optimizer, "before": before, "gradient": [p.grad.clone() for p in parameters]})
+
+        for name, spy in (("minimize", watch), ("elbo_loss", watch_elbo), ("td_target", watch_target)):
+            monkeypatch.setattr(spot_opt, name, spy)
+        monkeypatch.setattr(spot_opt, "mixed_value", watch_mixed)
+        agents, create = [], spot_opt.Agent.__init__
+
+        def keep(self, *rest):
+            create(self, *rest)
+            agents.append(self)
+
+        monkeypatch.setattr(spot_opt.Agent, "__init__", keep)
+        watched(**arguments)
+        return steps, calls, agents[0]
+
+    return first_steps
+
+
+def test_each_critic_has_its_own_target_and_the_policy_its_mix(first_steps):
+    """Fine-tuning of one environment step, two gradient steps: Q_off, Q_on, Q_off, Q_on and the policy."""
+    arguments = dict(vae_steps=1, offline_steps=0, n_pretrain=0, online_steps=31, utd=2, kl_weight=0.7)
+    steps, calls, agent = first_steps("online_finetune", **arguments, kappa_init=0.0, kappa_end=1.0, kappa_decay=100)
+    owners = [step["optimizer"] for step in steps]
+    names = [agent.vae_optimizer] + [agent.q_off_optimizer, agent.q_on_optimizer] * 2
+    names.insert(3, None), names.append(agent.actor_optimizer), names.append(None)  # None: the density ratio's own
+    assert all(owner is name for owner, name in zip(owners, names, strict=True) if name is not None)
+    assert [call[0] for call in calls["target"]] == [agent.q_off_target, agent.q_on_target] * 2
+    assert calls["elbo"] == [0.7, 0.7]  # the VAE's step and the policy's
+    (q_off, q_on, kappa) = calls["mixed"][0]
+    assert kappa == pytest.approx(0.3)  # environment step 30 of 100
+    for (_, batch, target), step in zip(calls["target"], [steps[i] for i in (1, 2, 4, 5)], strict=True):
+        critic = spot_opt.Critic(4, 1)
+        for parameter, value in zip(critic.parameters(), step["before"], strict=True):
+            parameter.data = value
+        loss = ((critic(batch.observations, batch.actions) - target) ** 2).mean(1).sum()
+        for a, b in zip(step["gradient"], torch.autograd.grad(loss, list(critic.parameters())), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+    # the policy's two values are those of the critics after their step, at the policy's own actions
+    actor, batch = spot_opt.Actor(4, 1), calls["target"][-1][1]
+    for parameter, value in zip(actor.parameters(), steps[6]["before"], strict=True):
+        parameter.data = value
+    with torch.no_grad():
+        actions = actor(batch.observations)
+        for critic, values in ((agent.q_off, q_off), (agent.q_on, q_on)):  # the last step of a critic of this run
+            torch.testing.assert_close(critic(batch.observations, actions)[0], values)
+    assert not torch.equal(q_off, q_on)
+
+
 def rows(folder: Path) -> list[dict]:
     with open(folder / "evals.csv", newline="") as file:
         return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
@@ -268,16 +382,35 @@ spot_opt.train(tyro.cli(spot_opt.Args))
 
 @pytest.fixture
 def command(pendulum_file, home, tmp_path):
-    def command(name: str, *arguments, kill: tuple | None = None) -> int:
+    def command(name: str, *arguments, kill: tuple | None = None, **environment) -> int:
         flags = [f"--{key.replace('_', '-')}={value}" for key, value in SHORT.items() if key != "progress"]
-        flags += ["--no-progress", f"--dataset={pendulum_file}", f"--run-dir={tmp_path / name}", *arguments]
+        flags += ["--no-progress", f"--run-dir={tmp_path / name}", *arguments]
+        if not environment:
+            flags.append(f"--dataset={pendulum_file}")
         script = [spot_opt.__file__]
         if kill:
             script = ["-c", KILL.format(folder=str(Path(spot_opt.__file__).parent), phase=kill[0], step=kill[1])]
-        environment = os.environ | {"HOME": str(home), "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"HOME": str(home), "OMP_NUM_THREADS": "1"} | environment
         return subprocess.run([sys.executable, *script, *flags], env=environment, capture_output=True).returncode
 
     return command
+
+
+@pytest.mark.parametrize("env_id", ["antmaze-umaze-v2", "pen-cloned-v1"])
+def test_resume_on_goal_tasks(command, tmp_path, monkeypatch, env_id):
+    """Killed in the middle of an episode of the ant and of the hand."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "store"))
+    env = Walk() if "antmaze" in env_id else gym.make("AdroitHandPen-v1", max_episode_steps=20)
+    collect(spot_opt.minari_id(env_id), env, [None, None])
+    folders = {"MINARI_DATASETS_PATH": str(tmp_path / "store"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    task = f"--env-id={env_id}"
+    assert command("whole", task, **folders) == 0
+    assert command("run", task, "--checkpoint-freq=5", kill=("online_finetune", 21), **folders) == -signal.SIGKILL
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["parts"]["collector"]["episode_steps"] > 20
+    assert command("run", task, "--checkpoint-freq=5", "--resume", **folders) == 0
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+    weights = [tensors(torch.load(tmp_path / name / "model.pt", weights_only=True)) for name in ("run", "whole")]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[1])
 
 
 def test_resume_and_repetition_are_bit_for_bit(command, tmp_path):
