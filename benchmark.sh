@@ -18,8 +18,8 @@ Others:
   report   report.py: tables and figures of what is in runs/ (its options: python report.py --help)
   quick    TD3 against TD3+OPT on regenerated hopper-random, one seed, from one short offline phase
            (at most 15 minutes on 2 cores); prints both scores
-  speed    what a gradient step costs, offline beside plain eager PyTorch, and TD3+OPT's fine-tuning beside TD3's; how
-           long it takes to regenerate hopper-random, and the memory of a run
+  speed    what a gradient step costs, offline beside plain eager PyTorch, and OPT's fine-tuning beside the backbones';
+           how long it takes to regenerate hopper-random, and the memory of a run
 
 Options of tables and ablations:
   --seeds N              seeds 0 to N-1; --seeds A-B: seeds A to B
@@ -413,16 +413,27 @@ speed() {
     trap 'rm -rf "$folder"' EXIT
     local short=(--env-id hopper-random-v2 --offline-steps 2000 --n-tau 3200 --n-pretrain 0 --eval-freq 0)
     short+=(--eval-episodes 1 --no-progress --checkpoint-freq 0 --no-save-model)
-    local from=(--offline-from "$folder/td3-1")
+    local backbone steps extra script
     for round in 1 2 3; do
         plain_eager
-        python "$script" "${short[@]}" --online-steps 400 --no-opt --run-dir "$folder/td3-$round"
-        echo "offline $(rate "$folder/td3-$round" offline)"
-        python "$script" "${short[@]}" "${from[@]}" --online-steps 3600 --run-dir "$folder/opt-$round"
-        python "$script" "${short[@]}" "${from[@]}" --online-steps 3600 --run-dir "$folder/mix-$round" \
-            --kappa-init 0.1 --kappa-end 0.9 --kappa-decay 1000
-        for name in td3 opt mix; do
-            echo "$name $(rate "$folder/$name-$round" online_finetune)"
+        for backbone in td3 spot iql; do
+            script=algorithms/${backbone}_opt.py steps=1200 extra=()
+            [[ $backbone != td3 ]] || steps=400 # 5 gradient steps each
+            [[ $backbone != spot ]] || extra=(--vae-steps 100)
+            local run=(python "$script" "${short[@]}" ${extra[@]+"${extra[@]}"})
+            "${run[@]}" --online-steps "$steps" --no-opt --run-dir "$folder/$backbone-$round"
+            run+=(--offline-from "$folder/$backbone-$round" --online-steps $((steps + 3200)))
+            "${run[@]}" --run-dir "$folder/mix-$backbone-$round" --kappa-init 0.1 --kappa-end 0.9 --kappa-decay 1000
+            "${run[@]}" --run-dir "$folder/opt-$backbone-$round"
+            echo "offline-$backbone $(rate "$folder/$backbone-$round" offline)"
+            for name in "$backbone" "mix-$backbone" "opt-$backbone"; do
+                echo "$name $(rate "$folder/$name-$round" online_finetune)"
+            done
+        done
+        for members in 2 10; do
+            python algorithms/rlpd_opt.py "${short[@]}" --offline-steps 600 --online-steps 0 --no-opt \
+                --ensemble-size $members --run-dir "$folder/rlpd-$members-$round"
+            echo "rlpd-$members $(rate "$folder/rlpd-$members-$round" offline)"
         done
     done | tee /dev/stderr >"$folder/times"
     python - "$folder/times" <<'EOF'
@@ -431,21 +442,21 @@ times = collections.defaultdict(list)
 for line in open(sys.argv[1]):
     name, value = line.split()
     times[name].append(float(value))
-names = {
-    "plain": "offline, plain eager PyTorch",
-    "offline": "offline, TD3+BC",
-    "td3": "fine-tuning, TD3",
-    "opt": "fine-tuning, TD3+OPT, kappa = 1",
-    "mix": "fine-tuning, TD3+OPT, kappa < 1",
-}
+names = {"plain": "offline, plain eager PyTorch"}
+for key, name in (("td3", "TD3"), ("spot", "SPOT"), ("iql", "IQL")):
+    names |= {f"offline-{key}": f"offline, {name}", key: f"fine-tuning, {name}"}
+    names |= {f"opt-{key}": f"fine-tuning, {name}+OPT, kappa = 1", f"mix-{key}": f"fine-tuning, {name}+OPT, kappa < 1"}
+names |= {"rlpd-2": "offline, RLPD of 2 critics", "rlpd-10": "offline, RLPD of 10 critics"}
 print()
 for name, text in names.items():
     print(f"{text:35} {statistics.median(times[name]):7.2f} ms a gradient step ({min(times[name]):.2f} to {max(times[name]):.2f})")
-for a, b in (("plain", "offline"), ("opt", "td3"), ("mix", "td3")):
-    pairs = [x / y for x, y in zip(times[a], times[b])]
-    print(f"{names[a]} / {names[b]}: {statistics.median(pairs):.2f} ({min(pairs):.2f} to {max(pairs):.2f})")
+pairs = [("plain", "offline-td3"), ("offline-spot", "offline-td3"), ("offline-iql", "offline-td3"), ("rlpd-10", "rlpd-2")]
+pairs += [(f"{kind}-{key}", key) for key in ("td3", "spot", "iql") for kind in ("opt", "mix")]
+for a, b in pairs:
+    ratios = [x / y for x, y in zip(times[a], times[b])]
+    print(f"{names[a]} / {names[b]}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
 EOF
-    python - "$folder/data" "$script" <<'EOF'
+    python - "$folder/data" algorithms/td3_opt.py <<'EOF'
 import os, resource, subprocess, sys, time
 started = time.perf_counter()
 command = [sys.executable, sys.argv[2], "--env-id", "hopper-random-v2", "--offline-steps", "0", "--online-steps", "3300", "--n-tau", "3000"]
