@@ -411,18 +411,18 @@ EOF
 speed() {
     folder=$(mktemp -d)
     trap 'rm -rf "$folder"' EXIT
-    local short=(--env-id hopper-random-v2 --offline-steps 2000 --n-tau 3200 --n-pretrain 0 --eval-freq 0)
+    local short=(--env-id hopper-random-v2 --offline-steps 1000 --n-tau 1600 --n-pretrain 0 --eval-freq 0)
     short+=(--eval-episodes 1 --no-progress --checkpoint-freq 0 --no-save-model)
     local backbone steps extra script
     for round in 1 2 3; do
         plain_eager
         for backbone in td3 spot iql; do
-            script=algorithms/${backbone}_opt.py steps=1200 extra=()
-            [[ $backbone != td3 ]] || steps=400 # 5 gradient steps each
-            [[ $backbone != spot ]] || extra=(--vae-steps 100)
+            script=algorithms/${backbone}_opt.py steps=800 extra=()
+            [[ $backbone != td3 ]] || steps=200 # 5 gradient steps each
+            [[ $backbone != spot ]] || extra=(--vae-steps 50)
             local run=(python "$script" "${short[@]}" ${extra[@]+"${extra[@]}"})
             "${run[@]}" --online-steps "$steps" --no-opt --run-dir "$folder/$backbone-$round"
-            run+=(--offline-from "$folder/$backbone-$round" --online-steps $((steps + 3200)))
+            run+=(--offline-from "$folder/$backbone-$round" --online-steps $((steps + 1600)))
             "${run[@]}" --run-dir "$folder/mix-$backbone-$round" --kappa-init 0.1 --kappa-end 0.9 --kappa-decay 1000
             "${run[@]}" --run-dir "$folder/opt-$backbone-$round"
             echo "offline-$backbone $(rate "$folder/$backbone-$round" offline)"
@@ -431,7 +431,7 @@ speed() {
             done
         done
         for members in 2 10; do
-            python algorithms/rlpd_opt.py "${short[@]}" --offline-steps 600 --online-steps 0 --no-opt \
+            python algorithms/rlpd_opt.py "${short[@]}" --offline-steps 400 --online-steps 0 --no-opt \
                 --ensemble-size $members --run-dir "$folder/rlpd-$members-$round"
             echo "rlpd-$members $(rate "$folder/rlpd-$members-$round" offline)"
         done
