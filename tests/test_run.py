@@ -552,9 +552,10 @@ def balancing(observation: np.ndarray) -> np.ndarray:
 def test_opt_learns_to_balance_a_pole(seed, tmp_path, monkeypatch, home):
     """90% of the maximal return of 1000, from 2,000 random steps and 3,000 of a controller that scores some 200.
 
-    The settings are the seventh that were tried, chosen on these three seeds. Of seeds 3 to 6, tried later, 3 and 4
-    ended at 1000, 5 and 6 at 118 and 143, from 1000 before fine-tuning: this shows that the phases work together, not
-    how often so short a run succeeds.
+    The settings are the script's own but for shorter phases, one gradient step per environment step and batches of 64.
+    Their lengths were chosen on seeds 102, 105 and 106; then 6 of the seeds 0 to 6 ended at 1000, and seed 5 at 118.
+    Longer fine-tuning falls more often, with OPT, without it, and in a plain TD3 written for comparison: once the BC
+    term is gone and few transitions show a fall, the critics forget what a fall is worth.
     """
     monkeypatch.setenv("HOME", str(home))
     np.random.seed(seed)
@@ -564,12 +565,12 @@ def test_opt_learns_to_balance_a_pole(seed, tmp_path, monkeypatch, home):
     args = Args(
         env_id="InvertedPendulum-v5", dataset=str(data), seed=seed, run_dir=str(tmp_path / "run"), progress=False
     )
-    args.offline_steps, args.online_steps, args.n_tau, args.n_pretrain, args.utd = 3_000, 2_500, 500, 1_000, 1
-    args.batch_size, args.learning_rate, args.gamma, args.eval_freq, args.eval_episodes = 64, 5e-4, 0.9, 0, 5
-    started = time.time()
+    args.offline_steps, args.online_steps, args.n_tau, args.n_pretrain, args.utd = 3_000, 1_500, 500, 1_000, 1
+    args.batch_size, args.eval_freq, args.eval_episodes = 64, 0, 5
+    started = time.process_time()  # of one thread: the clock of a machine with nothing else to do
     assert td3_opt.train(args) >= 900
     assert float(rows(tmp_path / "run")[0]["return_mean"]) < 100  # it could not do so before
-    assert time.time() - started < 90
+    assert time.process_time() - started < 90
 
 
 def test_a_disk_that_fills_up_ends_the_run_with_one_line_and_a_whole_checkpoint(
