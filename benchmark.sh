@@ -435,7 +435,7 @@ speed() {
                 --ensemble-size $members --run-dir "$folder/rlpd-$members-$round"
             echo "rlpd-$members $(rate "$folder/rlpd-$members-$round" offline)"
         done
-    done | tee /dev/stderr >"$folder/times"
+    done | tee "$folder/times" >&2
     python - "$folder/times" <<'EOF'
 import collections, statistics, sys
 times = collections.defaultdict(list)
