@@ -466,7 +466,8 @@ def speed_rows(runs: list[Run]) -> list[dict]:
     """Medians over the runs of a variant that had the same steps, device and threads."""
     groups, rows = defaultdict(list), []
     for run in runs:
-        groups[run.args["exp_name"], run.steps(), run.args["device_name"], run.args["threads"]].append(run)
+        if run.speed:
+            groups[run.args["exp_name"], run.steps(), run.args["device_name"], run.args["threads"]].append(run)
     for (variant, steps, device, threads), members in sorted(groups.items(), key=str):
         row = {"variant": variant, "steps": str(steps), "device": device, "threads": threads, "runs": len(members)}
         seconds = defaultdict(list)
@@ -699,7 +700,7 @@ def report(runs_folder: Path, out: Path) -> str:
                 text += f"![{table.title}, {kind}, steps {steps}]({name})\n\n"
     if runs:
         speed = speed_rows(runs)
-        text += speed_markdown(speed) + "\n"
+        text += speed_markdown(speed) + "\n" if speed else ""
         for name, rows in (("scores", scores), ("totals", totals), ("speed", speed)):
             if rows:
                 write_csv(out / f"{name}.csv", rows)

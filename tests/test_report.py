@@ -225,6 +225,17 @@ def test_speed(runs, no_figures, tmp_path):
     assert float(row["hours_in_all"]) == pytest.approx((2 * (100 + 101 + 102) + 6 * 800) / 3600, abs=1e-4)
 
 
+def test_speed_of_a_vae_counts_as_offline_and_a_run_without_speed_does_not_count(no_figures, tmp_path):
+    folder = write_run(tmp_path / "runs", "spot", "antmaze-umaze-v2", 0, [1, 2])
+    write_run(tmp_path / "runs", "spot", "antmaze-umaze-v2", 1, [1, 2]).joinpath("speed.csv").unlink()
+    with open(folder / "speed.csv", "a") as file:
+        file.write("vae,1000,0,3600,0.28\n")
+    make(tmp_path / "runs", tmp_path / "out")
+    (row,) = csv_rows(tmp_path / "out" / "speed.csv")
+    assert row["runs"] == "1" and float(row["offline_hours"]) == pytest.approx(1 + 100 / 3600, abs=1e-4)
+    assert float(row["online_hours"]) == pytest.approx(800 / 3600, abs=1e-4)
+
+
 def test_every_number_of_the_paper_is_known():
     paper = report.read_paper()
     assert (
