@@ -129,7 +129,6 @@ add_runs() { # the runs of one task and seed
 plan() { # TABLE OPTIONS
     table=$1 seeds=10 jobs=1 env_ids='' offline_steps='' online_steps='' dry_run='' slurm=''
     script_flags=()
-    local options=("${@:2}")
     [[ $table != ablation-* ]] || seeds=5
     shift
     while (($#)); do
@@ -152,7 +151,7 @@ plan() { # TABLE OPTIONS
         case $1 in
         --env-ids) env_ids=$2 ;;
         --seeds)
-            [[ $2 =~ ^([1-9][0-9]*|[0-9]+-[0-9]+)$ ]] || refuse "--seeds $2: write a number of seeds, or FIRST-LAST"
+            [[ $2 =~ ^([1-9][0-9]*|(0|[1-9][0-9]*)-(0|[1-9][0-9]*))$ ]] || refuse "--seeds $2: write a number of seeds, or FIRST-LAST"
             seeds=$2
             ;;
         *)
@@ -170,7 +169,10 @@ plan() { # TABLE OPTIONS
         shift 2
     done
     for flag in ${script_flags[@]+"${script_flags[@]}"}; do
-        case $flag in
+        case ${flag//_/-} in
+        --opt | --no-opt | --q-on* | --no-q-on | --kappa-* | --replay*)
+            refuse "$flag after --: it makes the variants of a table (for one of your own, start the script itself)"
+            ;;
         --env-id* | --seed* | --exp-name* | --run-dir* | --offline-from* | --offline-steps* | --online-steps* | --no-resume)
             refuse "$flag after --: benchmark.sh sets it itself (its options: bash benchmark.sh)"
             ;;

@@ -5,13 +5,14 @@ usage: python report.py                 scores, totals, IQM, curves and speed of
        python report.py tsne RUN        t-SNE of the dataset's states and the first and last rollouts' (Fig. 6)
 
 A score is the one after the last online step; an interval is 95%, Student's t over seeds. Runs with other numbers of
-steps stand in rows of their own. Whatever could not be used is listed under "Left out".
+steps stand in rows of their own. Whatever could not be used is listed under "Left out, and to be looked at".
 """
 
 import argparse
 import csv
 import json
 import math
+import re
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ N_TAU = 25_000
 # Arguments in which the runs of one cell may differ.
 BOOKKEEPING = set(
     "seed exp_name run_dir device offline_from checkpoint_freq resume save_model capture_video track "
-    "wandb_project_name wandb_entity progress eval_freq reference_model dataset versions git_commit device_name "
+    "wandb_project_name wandb_entity progress eval_freq reference_model versions git_commit device_name "
     "threads wandb_id".split()
 )
 
@@ -159,7 +160,8 @@ class Run:
         def unless_paper(value: int, paper: int) -> int | str:
             return "paper" if value == paper else value
 
-        n_tau = int(variant.rpartition("_n_tau_")[2]) if "_n_tau_" in variant else N_TAU
+        ablated = re.search(r"_n_tau_(\d+)$", variant)
+        n_tau = int(ablated[1]) if ablated else N_TAU
         return Steps(
             offline=None if variant == "rlpd_vanilla" else args["offline_steps"],
             online=args["online_steps"] - n_tau + N_TAU,
@@ -198,10 +200,24 @@ def read_run(folder: Path, notes: list[str]) -> Run | None:
     except (OSError, ValueError) as error:
         notes.append(f"{folder}: no readable args.json ({type(error).__name__}), left out")
         return None
+    if not isinstance(args, dict):
+        notes.append(f"{folder}: args.json holds no arguments, left out")
+        return None
     if missing := NEEDED - args.keys():
         notes.append(f"{folder}: args.json has no {', '.join(sorted(missing))}, left out")
         return None
-    run = Run(folder, args, read_csv(folder / "evals.csv", notes), read_csv(folder / "speed.csv", notes))
+    if args["opt"] != ("_opt" in args["exp_name"]):
+        notes.append(f"{folder}: named {args['exp_name']}, but its args.json says opt = {args['opt']}")
+    run = Run(folder, args, read_csv(folder / "evals.csv", notes), [])
+    for row in read_csv(folder / "speed.csv", notes):
+        try:
+            finite = all(math.isfinite(float(row[key])) for key in ("seconds", "gradient_steps_per_second"))
+        except ValueError:
+            finite = False
+        if finite:
+            run.speed.append(row)
+        else:
+            notes.append(f"{folder / 'speed.csv'}: phase {row['phase']} is not finite, left out")
     whole = []
     for row in run.evals:
         try:
@@ -294,6 +310,8 @@ class Table:
         """Over the tasks that every column with a run has: total of the means, IQM over as many seeds of each task."""
         columns = [column for column in self.cells[steps].values() if column]
         tasks = [task for task in self.tasks if all(task in column for column in columns)]
+        if len({run.has_reference for column in columns for task in tasks for run in column[task]}) > 1:
+            return {}  # returns and normalised scores do not add up
         totals = {}
         for variant, column in self.cells[steps].items():
             if not (column and tasks):
@@ -702,9 +720,10 @@ def report(runs_folder: Path, out: Path) -> str:
         speed = speed_rows(runs)
         text += speed_markdown(speed) + "\n" if speed else ""
         for name, rows in (("scores", scores), ("totals", totals), ("speed", speed)):
+            (out / f"{name}.csv").unlink(missing_ok=True)  # an earlier report's
             if rows:
                 write_csv(out / f"{name}.csv", rows)
-    text += "## Left out\n\n" + "".join(f"- {note}\n" for note in notes or ["nothing"])
+    text += "## Left out, and to be looked at\n\n" + "".join(f"- {note}\n" for note in notes or ["nothing"])
     (out / "report.md").write_text(text)
     return text
 

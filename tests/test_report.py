@@ -51,11 +51,12 @@ def csv_rows(path: Path) -> list[dict]:
 
 def make(runs: Path, out: Path) -> tuple[str, list[dict], list[dict]]:
     text = report.report(runs, out)
-    return text, csv_rows(out / "scores.csv"), csv_rows(out / "totals.csv")
+    totals = out / "totals.csv"
+    return text, csv_rows(out / "scores.csv"), csv_rows(totals) if totals.exists() else []
 
 
 def left_out(text: str) -> list[str]:
-    return text.split("## Left out\n\n- ")[1].strip().split("\n- ")
+    return text.split("## Left out, and to be looked at\n\n- ")[1].strip().split("\n- ")
 
 
 @pytest.fixture
@@ -234,6 +235,28 @@ def test_speed_of_a_vae_counts_as_offline_and_a_run_without_speed_does_not_count
     (row,) = csv_rows(tmp_path / "out" / "speed.csv")
     assert row["runs"] == "1" and float(row["offline_hours"]) == pytest.approx(1 + 100 / 3600, abs=1e-4)
     assert float(row["online_hours"]) == pytest.approx(800 / 3600, abs=1e-4)
+
+
+def test_returns_and_normalised_scores_do_not_add_up(no_figures, tmp_path):
+    write_run(tmp_path / "runs", "mine", "pen-cloned-v1", 0, [1, 3])
+    folder = write_run(tmp_path / "runs", "mine", "InvertedPendulum-v5", 0, [1, 2])
+    text = (folder / "evals.csv").read_text().replace(",1,10,", ",nan,10,").replace(",2,20,", ",nan,20,")
+    (folder / "evals.csv").write_text(text)
+    text, *_ = make(tmp_path / "runs", tmp_path / "out")
+    assert "20.0 (1)" in text and "3.0 (1)" in text and "total" not in text.split("##")[1]
+
+
+def test_odd_runs_are_named_and_crash_nothing(no_figures, tmp_path):
+    runs = tmp_path / "runs"
+    write_run(runs, "td3_opt_n_tau_small", "hopper-random-v2", 0, [1, 2])
+    write_run(runs, "td3_opt", "hopper-random-v2", 0, [1, 2], opt=False)
+    write_run(runs, "td3", "walker2d-random-v2", 0, [1, 2]).joinpath("args.json").write_text("[]")
+    broken = write_run(runs, "td3", "hopper-random-v2", 0, [1, 2]) / "speed.csv"
+    broken.write_text(SPEED + "offline,1000,0,,\nonline_finetune,5000,1000,800,nan\n")
+    text, *_ = make(runs, tmp_path / "out")
+    notes = text.split("to be looked at")[1]
+    assert "says opt = False" in notes and "holds no arguments" in notes
+    assert "phase offline is not finite" in notes and "phase online_finetune is not finite" in notes
 
 
 def test_every_number_of_the_paper_is_known():
