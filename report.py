@@ -417,7 +417,9 @@ def table_markdown(table: Table) -> str:
             text += markdown_row(row)
         totals = table.totals[steps]
         if not totals:
-            text += markdown_row(["total: no task in every column", str(steps)] + [""] * (len(head) - 2))
+            text += markdown_row(
+                ["no total: no task in every column, or returns beside scores", str(steps)] + [""] * (len(head) - 2)
+            )
             continue
         for name in ("total", "IQM"):
             row = [f"**{name} of {next(iter(totals.values()))['tasks']}**", str(steps)]

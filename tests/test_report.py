@@ -243,7 +243,7 @@ def test_returns_and_normalised_scores_do_not_add_up(no_figures, tmp_path):
     text = (folder / "evals.csv").read_text().replace(",1,10,", ",nan,10,").replace(",2,20,", ",nan,20,")
     (folder / "evals.csv").write_text(text)
     text, *_ = make(tmp_path / "runs", tmp_path / "out")
-    assert "20.0 (1)" in text and "3.0 (1)" in text and "total" not in text.split("##")[1]
+    assert "20.0 (1)" in text and "3.0 (1)" in text and "| no total:" in text and "**total" not in text
 
 
 def test_odd_runs_are_named_and_crash_nothing(no_figures, tmp_path):
