@@ -4,8 +4,9 @@ usage: python report.py                 scores, totals, IQM, curves and speed of
        python report.py bias RUN ...    estimation bias (Figs. 9, 10) of runs made with --reference-model
        python report.py tsne RUN        t-SNE of the dataset's states and the first and last rollouts' (Fig. 6)
 
-A score is the one after the last online step; an interval is 95%, Student's t over seeds. Runs with other numbers of
-steps stand in rows of their own. Whatever could not be used is listed under "Left out, and to be looked at".
+A score is the one after the last online step, as in the paper; the row below has the mean of the last five online
+evaluations, which swings less. An interval is 95%, Student's t over seeds. Runs with other numbers of steps stand in
+rows of their own. Whatever could not be used is listed under "Left out, and to be looked at".
 """
 
 import argparse
@@ -87,6 +88,12 @@ BOOKKEEPING = set(
     "seed exp_name run_dir device offline_from checkpoint_freq resume save_model capture_video track "
     "wandb_project_name wandb_entity progress eval_freq reference_model versions git_commit device_name "
     "threads wandb_id".split()
+)
+
+# Arguments that make the variants of one row: beside these its columns of one backbone may differ in nothing.
+VARIANT = set(
+    "opt q_on q_on_init replay kappa_init kappa_end kappa_decay init_online_fraction random_steps "
+    "offline_steps online_steps n_tau n_pretrain".split()
 )
 
 NEEDED = set(
@@ -171,6 +178,15 @@ class Run:
             ),
             utd=unless_paper(args["utd"], UTD.get(variant.split("_")[0])),
         )
+
+    @property
+    def final_score(self) -> float:
+        return self.score(self.evals[-1])
+
+    @property
+    def last_five_mean(self) -> float:
+        """Mean of the last five evaluations of the online phase, of all where there are fewer."""
+        return float(np.mean([self.score(row) for row in self.evals if row["phase"] == "online_finetune"][-5:]))
 
     def curve(self) -> dict[int, float]:
         """Score at each environment step of the online phase; at 0 that of the offline agent."""
@@ -316,7 +332,7 @@ class Table:
         for variant, column in self.cells[steps].items():
             if not (column and tasks):
                 continue
-            scores = [[run.score(run.evals[-1]) for run in column[task]] for task in tasks]
+            scores = [[run.final_score for run in column[task]] for task in tasks]
             seeds = min(map(len, scores))
             iqm, low, high = iqm_and_interval(np.array([values[:seeds] for values in scores]).T)
             paper = [self.paper.get((variant, task)) for task in tasks]
@@ -378,17 +394,27 @@ def make_tables(runs: list[Run]) -> list[Table]:
 
 
 def mixtures(table: Table) -> list[str]:
-    """A note for each cell whose runs differ in an argument that is no number of steps."""
-    notes = []
+    """A note for each cell whose runs differ in an argument that is no number of steps, and for each row of a task
+    whose columns of one backbone differ in an argument that makes no variant.
+    """
+    notes = set()
+
+    def compare(runs: list[Run], apart_from: set[str], what: str) -> None:
+        for name in set().union(*(run.args for run in runs)) - apart_from:
+            values = {json.dumps(run.args.get(name)) for run in runs}
+            if len(values) > 1:
+                folders = " ".join(run.folder.name for run in runs)
+                notes.add(f"{table.name}: one {what} mixes --{name} {', '.join(sorted(values))}: {folders}")
+
     for columns in table.cells.values():
-        for column in columns.values():
-            for runs in column.values():
-                for name in runs[0].args.keys() - BOOKKEEPING:
-                    values = {json.dumps(run.args.get(name)) for run in runs}
-                    if len(values) > 1:
-                        seeds = " ".join(run.folder.name for run in runs)
-                        notes.append(f"{table.name}: one cell mixes --{name} {', '.join(sorted(values))}: {seeds}")
-    return sorted(set(notes))
+        rows = defaultdict(list)
+        for variant, column in columns.items():
+            for task, runs in column.items():
+                compare(runs, BOOKKEEPING, "cell")
+                rows[task, variant.split("_")[0]].append(runs[0])
+        for runs in rows.values() if table.paper else ():  # what runs of one's own vary is their business
+            compare(runs, BOOKKEEPING | VARIANT, "row")
+    return sorted(notes)
 
 
 def markdown_row(cells: list[str]) -> str:
@@ -406,15 +432,19 @@ def table_markdown(table: Table) -> str:
         for task in table.tasks:
             if not any(task in column for column in columns.values()):
                 continue
-            row = [task, str(steps)]
+            row, five = [task, str(steps)], ["mean of its last five evaluations", str(steps)]
             for variant in variants:
-                runs = columns[variant].get(task)
-                scores = [run.score(run.evals[-1]) for run in runs or []]
-                row.append(number(*mean_and_interval(scores), len(scores)) if scores else "–")
+                runs = columns[variant].get(task, [])
+                for cells, scores in (
+                    (row, [run.final_score for run in runs]),
+                    (five, [run.last_five_mean for run in runs]),
+                ):
+                    cells.append(number(*mean_and_interval(scores), len(scores)) if scores else "–")
                 row += [number(*table.paper[variant, task])] if table.paper else []
+                five += [""] * bool(table.paper)
             if any(not run.has_reference for column in columns.values() for run in column.get(task, [])):
                 row[0] += " (return)"
-            text += markdown_row(row)
+            text += markdown_row(row) + markdown_row(five)
         totals = table.totals[steps]
         if not totals:
             text += markdown_row(
@@ -451,7 +481,8 @@ def score_rows(table: Table) -> list[dict]:
             for task in table.tasks:
                 if task not in column:
                     continue
-                mean, interval = mean_and_interval([run.score(run.evals[-1]) for run in column[task]])
+                mean, interval = mean_and_interval([run.final_score for run in column[task]])
+                last_five, last_five_interval = mean_and_interval([run.last_five_mean for run in column[task]])
                 paper, paper_interval = table.paper.get((variant, task), (None, None))
                 rows.append(
                     {
@@ -462,6 +493,8 @@ def score_rows(table: Table) -> list[dict]:
                         "seeds": len(column[task]),
                         "mean": mean,
                         "interval": interval,
+                        "last_five": last_five,
+                        "last_five_interval": last_five_interval,
                         "paper": paper,
                         "paper_interval": paper_interval,
                     }
@@ -610,7 +643,7 @@ def draw_scores(table: Table, steps: Steps, path: Path) -> Path:
         label = f"{table.headings[variant]} ({seeds_label(column)})"
         for row, task in enumerate(tasks):
             if task in column:
-                mean, interval = mean_and_interval([run.score(run.evals[-1]) for run in column[task]])
+                mean, interval = mean_and_interval([run.final_score for run in column[task]])
                 axis.errorbar(mean, places[row], xerr=interval, capsize=2, markersize=5, label=label, **style)
                 label = None
         if table.paper:

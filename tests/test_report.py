@@ -189,6 +189,28 @@ def test_one_cell_with_other_arguments_is_named(runs, no_figures, tmp_path):
     assert len(left_out(text)) == 1 and "table1: one cell mixes --gamma 0.5, 0.99" in left_out(text)[0]
 
 
+def test_one_row_with_other_arguments_is_named(no_figures, tmp_path):
+    write_run(tmp_path / "runs", "td3", "hopper-random-v2", 0, [0, 1], gamma=0.5, replay="uniform")
+    write_run(tmp_path / "runs", "td3_opt", "hopper-random-v2", 0, [0, 1], replay="balanced", kappa_init=1)
+    write_run(tmp_path / "runs", "iql", "hopper-random-v2", 0, [0, 1], gamma=0.9)  # another backbone has its own
+    text, *_ = make(tmp_path / "runs", tmp_path / "out")
+    table1, table12 = left_out(text)
+    assert "table1: one row mixes --gamma 0.5, 0.99: hopper" in table1 and "__td3_opt__" in table1
+    assert "table12-mujoco: one row mixes --gamma 0.5, 0.99: hopper" in table12
+
+
+def test_the_mean_of_the_last_five_online_evaluations_stands_below(no_figures, tmp_path):
+    for seed, last in ((0, 10.0), (1, 30.0)):
+        write_run(tmp_path / "runs", "td3", "hopper-random-v2", seed, [900, 100, 1, 2, 3, 4, last])
+        write_run(tmp_path / "runs", "td3_opt", "hopper-random-v2", seed, [900, 100, last])  # only two online
+    text, scores, _ = make(tmp_path / "runs", tmp_path / "out")
+    # (1 + 2 + 3 + 4 + 10) / 5 = 4 and (1 + 2 + 3 + 4 + 30) / 5 = 8: mean 6, t(0.975, 1) = 12.7062 times 2 = 25.4124;
+    # (100 + 10) / 2 = 55 and (100 + 30) / 2 = 65: mean 60, 12.7062 times 5 = 63.531
+    assert "| mean of its last five evaluations | 1,000,000 + 300,000 | 6.0 ± 25.4 (2) |  | 60.0 ± 63.5 (2) |  |" in text
+    assert float(scores[0]["last_five"]) == pytest.approx(6) and float(scores[1]["last_five"]) == pytest.approx(60)
+    assert float(scores[0]["last_five_interval"]) == pytest.approx(25.4124, abs=1e-3)
+
+
 def test_n_tau_and_rlpd_share_rows_although_their_steps_differ(no_figures, tmp_path):
     runs, env = tmp_path / "runs", "hopper-random-v2"
     for n_tau, score in ((6250, 1), (12500, 2), (25000, 3), (50000, 4), (100000, 5)):
