@@ -413,7 +413,7 @@ EOF
 speed() {
     folder=$(mktemp -d)
     trap 'rm -rf "$folder"' EXIT
-    local short=(--env-id hopper-random-v2 --offline-steps 1000 --n-tau 1600 --n-pretrain 0 --eval-freq 0)
+    local short=(--env-id hopper-random-v2 --offline-steps 1000 --n-tau 1600 --n-pretrain 200 --eval-freq 0)
     short+=(--eval-episodes 1 --no-progress --checkpoint-freq 0 --no-save-model)
     local backbone steps extra script
     for round in 1 2 3; do
@@ -427,7 +427,9 @@ speed() {
             run+=(--offline-from "$folder/$backbone-$round" --online-steps $((steps + 1600)))
             "${run[@]}" --run-dir "$folder/mix-$backbone-$round" --kappa-init 0.1 --kappa-end 0.9 --kappa-decay 1000
             "${run[@]}" --run-dir "$folder/opt-$backbone-$round"
+            [[ $backbone != spot ]] || echo "vae-spot $(rate "$folder/spot-$round" vae)"
             echo "offline-$backbone $(rate "$folder/$backbone-$round" offline)"
+            echo "pretrain-$backbone $(rate "$folder/mix-$backbone-$round" online_pretrain)"
             for name in "$backbone" "mix-$backbone" "opt-$backbone"; do
                 echo "$name $(rate "$folder/$name-$round" online_finetune)"
             done
@@ -435,7 +437,16 @@ speed() {
         for members in 2 10; do
             python algorithms/rlpd_opt.py "${short[@]}" --offline-steps 400 --online-steps 0 --no-opt \
                 --ensemble-size $members --run-dir "$folder/rlpd-$members-$round"
-            echo "rlpd-$members $(rate "$folder/rlpd-$members-$round" offline)"
+            echo "offline-rlpd-$members $(rate "$folder/rlpd-$members-$round" offline)"
+        done
+        local run=(python algorithms/rlpd_opt.py "${short[@]}" --offline-steps 400 --offline-from "$folder/rlpd-10-$round")
+        "${run[@]}" --online-steps 25 --no-opt --run-dir "$folder/rlpd-$round" # 20 gradient steps each
+        run+=(--online-steps 1625)
+        "${run[@]}" --run-dir "$folder/mix-rlpd-$round" --kappa-init 0.1 --kappa-end 0.9 --kappa-decay 1000
+        "${run[@]}" --run-dir "$folder/opt-rlpd-$round" --kappa-init 1 --kappa-end 1
+        echo "pretrain-rlpd $(rate "$folder/mix-rlpd-$round" online_pretrain)"
+        for name in rlpd mix-rlpd opt-rlpd; do
+            echo "$name $(rate "$folder/$name-$round" online_finetune)"
         done
     done | tee "$folder/times" >&2
     python - "$folder/times" <<'EOF'
@@ -444,16 +455,19 @@ times = collections.defaultdict(list)
 for line in open(sys.argv[1]):
     name, value = line.split()
     times[name].append(float(value))
-names = {"plain": "offline, plain eager PyTorch"}
-for key, name in (("td3", "TD3"), ("spot", "SPOT"), ("iql", "IQL")):
-    names |= {f"offline-{key}": f"offline, {name}", key: f"fine-tuning, {name}"}
+names = {"plain": "offline, plain eager PyTorch", "vae-spot": "SPOT's VAE"}
+for key, name in (("td3", "TD3"), ("spot", "SPOT"), ("iql", "IQL"), ("rlpd", "RLPD")):
+    if key == "rlpd":
+        names |= {f"offline-rlpd-{n}": f"offline, RLPD of {n} critics" for n in (2, 10)}
+    else:
+        names[f"offline-{key}"] = f"offline, {name}"
+    names |= {f"pretrain-{key}": f"online pre-training, {name}+OPT", key: f"fine-tuning, {name}"}
     names |= {f"opt-{key}": f"fine-tuning, {name}+OPT, kappa = 1", f"mix-{key}": f"fine-tuning, {name}+OPT, kappa < 1"}
-names |= {"rlpd-2": "offline, RLPD of 2 critics", "rlpd-10": "offline, RLPD of 10 critics"}
 print()
 for name, text in names.items():
-    print(f"{text:35} {statistics.median(times[name]):7.2f} ms a gradient step ({min(times[name]):.2f} to {max(times[name]):.2f})")
-pairs = [("plain", "offline-td3"), ("offline-spot", "offline-td3"), ("offline-iql", "offline-td3"), ("rlpd-10", "rlpd-2")]
-pairs += [(f"{kind}-{key}", key) for key in ("td3", "spot", "iql") for kind in ("opt", "mix")]
+    print(f"{text:36} {statistics.median(times[name]):7.2f} ms a gradient step ({min(times[name]):.2f} to {max(times[name]):.2f})")
+pairs = [("plain", "offline-td3"), ("offline-spot", "offline-td3"), ("offline-iql", "offline-td3"), ("offline-rlpd-10", "offline-rlpd-2")]
+pairs += [(f"{kind}-{key}", key) for key in ("td3", "spot", "iql", "rlpd") for kind in ("opt", "mix")]
 for a, b in pairs:
     ratios = [x / y for x, y in zip(times[a], times[b])]
     print(f"{names[a]} / {names[b]}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")

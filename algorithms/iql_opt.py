@@ -114,7 +114,7 @@ class Args:
     expectile: float | None = None
     """expectile of V's regression (IQL's tau); None: 0.7, on AntMaze 0.9, on Adroit 0.8"""
     beta: float | None = None
-    """inverse temperature of the advantage weights, of rewards as they are [choice]; None: 3, on AntMaze 10"""
+    """inverse temperature of the advantage weights; None: 3, on AntMaze 10. MuJoCo's rewards are rescaled for it"""
     dropout: float | None = None
     """dropout of the policy's hidden layers in its updates; None: 0, on Adroit 0.1"""
 
@@ -686,6 +686,23 @@ def check_dataset(dataset: Dataset, env: gym.Env, args: Args) -> None:
         raise bad_input(
             f"--batch-size {args.batch_size} exceeds the data's {len(dataset.rewards)} transitions: lower it"
         )
+
+
+def reward_transform(env_id: str, dataset: Dataset) -> tuple[float, float]:
+    """Scale and shift of the rewards that the agent trains on, offline and online; scores count the task's own.
+
+    MuJoCo: 1000 / (return of the best episode of the data - that of the worst), as in IQL's paper and code, to which
+    beta belongs; so too CORL's normalize_reward [choice]. Rows of one episode follow each other.
+    """
+    if env_id in ANTMAZE_TASKS:  # -1 a step until the goal is reached
+        return 1.0, -1.0
+    if env_id not in MUJOCO_TASKS:
+        return 1.0, 0.0
+    gaps = np.linalg.norm(dataset.observations[1:] - dataset.next_observations[:-1], axis=1) > 1e-6
+    starts = np.flatnonzero(np.r_[True, gaps | (dataset.terminals[:-1] > 0)])
+    returns = np.add.reduceat(dataset.rewards.astype(np.float64), starts)
+    spread = float(returns.max() - returns.min())
+    return 1_000 / spread if spread > 0 else 1.0, 0.0
 
 
 # ======================================================================================================================
@@ -1826,9 +1843,9 @@ def train(args: Args) -> float:
         tune_cpu()
     dataset = load_dataset(args.env_id, args.dataset, args.progress)
     check_dataset(dataset, env, args)
-    if args.env_id in ANTMAZE_TASKS:  # -1 a step until the goal is reached; evaluation counts D4RL's 0 and 1
-        dataset = dataset._replace(rewards=dataset.rewards - 1)
-        env = gym.wrappers.TransformReward(env, lambda reward: reward - 1)
+    scale, shift = reward_transform(args.env_id, dataset)
+    dataset = dataset._replace(rewards=scale * dataset.rewards + shift)
+    env = gym.wrappers.TransformReward(env, lambda reward: scale * reward + shift)
 
     mean, std = np.zeros(dataset.observations.shape[1], np.float32), np.ones(dataset.observations.shape[1], np.float32)
     if NORMALIZE_STATES:

@@ -686,6 +686,11 @@ def check_dataset(dataset: Dataset, env: gym.Env, args: Args) -> None:
         )
 
 
+def reward_transform(env_id: str, dataset: Dataset) -> tuple[float, float]:
+    """Scale and shift of the rewards that the agent trains on, offline and online; scores count the task's own."""
+    return 1.0, -1.0 if env_id in ANTMAZE_TASKS else 0.0  # AntMaze: -1 a step until the goal is reached
+
+
 # ======================================================================================================================
 # Replay
 # ======================================================================================================================
@@ -1747,9 +1752,9 @@ def train(args: Args) -> float:
         tune_cpu()
     dataset = load_dataset(args.env_id, args.dataset, args.progress)
     check_dataset(dataset, env, args)
-    if args.env_id in ANTMAZE_TASKS:  # -1 a step until the goal is reached; evaluation counts D4RL's 0 and 1
-        dataset = dataset._replace(rewards=dataset.rewards - 1)
-        env = gym.wrappers.TransformReward(env, lambda reward: reward - 1)
+    scale, shift = reward_transform(args.env_id, dataset)
+    dataset = dataset._replace(rewards=scale * dataset.rewards + shift)
+    env = gym.wrappers.TransformReward(env, lambda reward: scale * reward + shift)
 
     mean, std = np.zeros(dataset.observations.shape[1], np.float32), np.ones(dataset.observations.shape[1], np.float32)
     if NORMALIZE_STATES:

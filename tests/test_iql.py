@@ -273,6 +273,56 @@ def test_the_papers_values_of_each_domain(env_id, expectile, beta, dropout, kapp
     assert (vanilla.replay, vanilla.exp_name) == ("uniform", "iql")
 
 
+def test_mujoco_rewards_are_rescaled_by_the_spread_of_the_datas_returns():
+    # Three episodes: 0 1 2, which ends in a terminal where the next starts; 2 3, cut; 7 8 9 10, the end.
+    observations = np.array([0, 1, 2, 2, 3, 7, 8, 9, 10], np.float32)[:, None]
+    following = np.array([1, 2, 2, 3, 4, 8, 9, 10, 11], np.float32)[:, None]
+    terminals = np.array([0, 0, 1, 0, 0, 0, 0, 0, 0], np.float32)
+    rewards = np.array([1, 2, 3, 0.5, 1.5, 1, 3, 3, 3], np.float32)  # returns 6, 2 and 10
+    data = Dataset(observations, np.zeros((9, 1), np.float32), rewards, following, terminals)
+    for env_id in ("hopper-medium-v2", "walker2d-random-v2", "halfcheetah-medium-replay-v2"):
+        assert iql_opt.reward_transform(env_id, data) == (125.0, 0.0)  # 1000 / (10 - 2)
+    assert iql_opt.reward_transform("antmaze-umaze-v2", data) == (1.0, -1.0)
+    for env_id in ("pen-cloned-v1", "InvertedPendulum-v5"):
+        assert iql_opt.reward_transform(env_id, data) == (1.0, 0.0)
+    flat = data._replace(rewards=np.array([1, 1, 1, 1, 2, 0.75, 0.75, 0.75, 0.75], np.float32))  # 3, 3 and 3
+    assert iql_opt.reward_transform("hopper-medium-v2", flat) == (1.0, 0.0)
+    assert td3_opt.reward_transform("hopper-medium-v2", data) == (1.0, 0.0)
+
+
+def test_rescaled_rewards_are_stored_offline_and_online_and_scores_are_not_of_them(monkeypatch, tmp_path):
+    columns = roll_out(gym.make("Hopper-v5"), 400, 0)
+    ends = np.flatnonzero(columns["terminals"] | columns["timeouts"]) + 1
+    returns = [part.sum() for part in np.split(columns["rewards"].astype(float), ends) if len(part)]
+    scale = 1000 / (max(returns) - min(returns))
+    buffers, online, create = [], [], iql_opt.ReplayBuffer.__init__
+
+    def watch(self, data, *rest):
+        buffers.append(self)
+        create(self, data, *rest)
+
+    monkeypatch.setattr(iql_opt.ReplayBuffer, "__init__", watch)
+    make = iql_opt.make_env
+
+    class Recorded(gym.Wrapper):
+        def step(self, action):
+            result = self.env.step(action)
+            online.append(result[1])
+            return result
+
+    environments = iter((Recorded, lambda env: env))  # the training environment is made first
+    monkeypatch.setattr(iql_opt, "make_env", lambda *given: next(environments)(make(*given)))
+    arguments = TINY | dict(env_id="hopper-medium-v2", offline_steps=2, online_steps=12, opt=False)
+    data = write_file(tmp_path / "data.hdf5", columns)
+    iql_opt.train(Args(**arguments, dataset=str(data), run_dir=str(tmp_path / "run")))
+    stored = buffers[0][torch.arange(400 + 12)].rewards.numpy()
+    np.testing.assert_allclose(stored[:400], scale * columns["rewards"], rtol=1e-5)
+    np.testing.assert_allclose(stored[400:], scale * np.array(online), rtol=1e-5)
+    last = rows(tmp_path / "run")[-1]
+    assert 0 < float(last["return_mean"]) < 4 * float(last["length_mean"])  # some 1 a step, not some hundreds
+    assert scale > 5
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Phases, in this process
 # ----------------------------------------------------------------------------------------------------------------------

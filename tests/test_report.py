@@ -206,7 +206,9 @@ def test_the_mean_of_the_last_five_online_evaluations_stands_below(no_figures, t
     text, scores, _ = make(tmp_path / "runs", tmp_path / "out")
     # (1 + 2 + 3 + 4 + 10) / 5 = 4 and (1 + 2 + 3 + 4 + 30) / 5 = 8: mean 6, t(0.975, 1) = 12.7062 times 2 = 25.4124;
     # (100 + 10) / 2 = 55 and (100 + 30) / 2 = 65: mean 60, 12.7062 times 5 = 63.531
-    assert "| mean of its last five evaluations | 1,000,000 + 300,000 | 6.0 ± 25.4 (2) |  | 60.0 ± 63.5 (2) |  |" in text
+    assert (
+        "| mean of its last five evaluations | 1,000,000 + 300,000 | 6.0 ± 25.4 (2) |  | 60.0 ± 63.5 (2) |  |" in text
+    )
     assert float(scores[0]["last_five"]) == pytest.approx(6) and float(scores[1]["last_five"]) == pytest.approx(60)
     assert float(scores[0]["last_five_interval"]) == pytest.approx(25.4124, abs=1e-3)
 
