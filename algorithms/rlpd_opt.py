@@ -133,7 +133,7 @@ class Args:
     eval_episodes: int | None = None
     """episodes of an evaluation; None: 10, on AntMaze 100 (CORL)"""
     exp_name: str | None = None
-    """name of the variant in the run's folder; None: rlpd_opt or rlpd"""
+    """name of the variant in the run's folder; None: rlpd_opt, rlpd (off-to-on), or rlpd_vanilla"""
     run_dir: str | None = None
     """the run's folder; None: runs/<env_id>__<exp_name>__<seed>"""
     offline_from: str | None = None
@@ -181,20 +181,21 @@ OFFLINE_ARGS = (  # what offline.pt depends on
 def paper_values(args: Args) -> dict:
     """The paper's values for this task of the arguments that are None. Exit 2 for RLPD's that do not go together."""
     antmaze, adroit = args.env_id in ANTMAZE_TASKS, args.env_id in ADROIT_TASKS
+    vanilla = not (args.opt or args.offline_steps)
     values = {
         "replay": "symmetric",
-        "random_steps": 0 if args.opt or args.offline_steps else 5_000,
+        "random_steps": 5_000 if vanilla and args.online_steps > 0 else 0,
         "subset_size": 1 if antmaze else 2,
         "backup_entropy": not (antmaze or adroit),
         "hidden_layers": 3 if antmaze or adroit else 2,
-    }
+    } | ({"exp_name": "rlpd_vanilla"} if vanilla else {})
     random_steps = values["random_steps"] if args.random_steps is None else args.random_steps
     subset_size = args.subset_size or values["subset_size"]
     if args.opt and random_steps:
         raise bad_input("--random-steps belongs to --no-opt, and OPT collects with its policy: leave it out")
-    if 0 < args.online_steps <= random_steps:
+    if random_steps and random_steps >= args.online_steps:
         raise bad_input(f"--random-steps is {random_steps}: write less than --online-steps ({args.online_steps})")
-    if subset_size > args.ensemble_size:
+    if 1 <= args.ensemble_size < subset_size:
         raise bad_input(f"--subset-size is {subset_size}: write at most --ensemble-size ({args.ensemble_size})")
     return values
 
@@ -238,20 +239,20 @@ def resolve(args: Args) -> Args:
     """Replace every None by the paper's value for the task and refuse what cannot work (exit 2)."""
     args = copy.copy(args)
     check_env_id(args.env_id, args.dataset)
-    args.exp_name = args.exp_name or (f"{ALGORITHM}_opt" if args.opt else ALGORITHM)
-    args.run_dir = args.run_dir or f"runs/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}"
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     with_q_on = args.opt and args.q_on
     if not with_q_on and any(value is not None for value in (args.kappa_init, args.kappa_decay, args.kappa_end)):
         raise bad_input("--kappa-* weight Q_on, which --no-opt and --no-q-on do without: leave them out")
     kappa = kappa_schedule(args.env_id, args.online_steps) if with_q_on else (0.0, 0, 0.0)
-    values = dict(zip(("kappa_init", "kappa_decay", "kappa_end"), kappa, strict=True)) | paper_values(args)
+    values = dict(zip(("kappa_init", "kappa_decay", "kappa_end"), kappa, strict=True))
     antmaze = args.env_id in ANTMAZE_TASKS
     values |= {"eval_freq": 50_000 if antmaze else 5_000, "eval_episodes": 100 if antmaze else 10}
+    values |= {"exp_name": f"{ALGORITHM}_opt" if args.opt else ALGORITHM} | paper_values(args)
     for name, value in values.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    args.run_dir = args.run_dir or f"runs/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}"
 
     for allowed, (names, holds) in BOUNDS.items():
         for name in names.split():

@@ -219,20 +219,20 @@ def resolve(args: Args) -> Args:
     """Replace every None by the paper's value for the task and refuse what cannot work (exit 2)."""
     args = copy.copy(args)
     check_env_id(args.env_id, args.dataset)
-    args.exp_name = args.exp_name or (f"{ALGORITHM}_opt" if args.opt else ALGORITHM)
-    args.run_dir = args.run_dir or f"runs/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}"
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     with_q_on = args.opt and args.q_on
     if not with_q_on and any(value is not None for value in (args.kappa_init, args.kappa_decay, args.kappa_end)):
         raise bad_input("--kappa-* weight Q_on, which --no-opt and --no-q-on do without: leave them out")
     kappa = kappa_schedule(args.env_id, args.online_steps) if with_q_on else (0.0, 0, 0.0)
-    values = dict(zip(("kappa_init", "kappa_decay", "kappa_end"), kappa, strict=True)) | paper_values(args)
+    values = dict(zip(("kappa_init", "kappa_decay", "kappa_end"), kappa, strict=True))
     antmaze = args.env_id in ANTMAZE_TASKS
     values |= {"eval_freq": 50_000 if antmaze else 5_000, "eval_episodes": 100 if antmaze else 10}
+    values |= {"exp_name": f"{ALGORITHM}_opt" if args.opt else ALGORITHM} | paper_values(args)
     for name, value in values.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    args.run_dir = args.run_dir or f"runs/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}"
 
     for allowed, (names, holds) in BOUNDS.items():
         for name in names.split():

@@ -1,18 +1,21 @@
 """The CUDA path: two CUDA graphs do what the plain code does. Needs a GPU."""
 
+import iql_opt
 import numpy as np
 import pytest
+import rlpd_opt
+import spot_opt
 import td3_opt
 import torch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-def losses(phase: str, variant: dict, graphs: bool, monkeypatch) -> list[list[float]]:
+def losses(script, phase: str, variant: dict, graphs: bool, monkeypatch) -> list[list[float]]:
     """The losses of 200 gradient steps from one and the same state."""
     device, rng = torch.device("cuda"), np.random.default_rng(0)
     if not graphs:
-        monkeypatch.setattr(td3_opt, "capture", lambda update, parts, device: update)
+        monkeypatch.setattr(script, "capture", lambda update, parts, device: update)
     n = 5_000
     columns = (
         rng.standard_normal((n, 11)),
@@ -21,23 +24,27 @@ def losses(phase: str, variant: dict, graphs: bool, monkeypatch) -> list[list[fl
         rng.standard_normal((n, 11)),
         np.zeros(n),
     )
-    data = td3_opt.Dataset(*(np.asarray(column, np.float32) for column in columns))
-    steps = dict(offline_steps=200, n_pretrain=200, n_tau=100, online_steps=140)
-    args = td3_opt.resolve(td3_opt.Args(**(dict(env_id="hopper-medium-v2", device="cuda") | steps | variant)))
-    buffer = td3_opt.ReplayBuffer(data, 200, device)
+    data = script.Dataset(*(np.asarray(column, np.float32) for column in columns))
+    steps = {"vae_steps": 200} if script is spot_opt else {}
+    steps |= dict(offline_steps=200, n_pretrain=200, n_tau=100, online_steps=140)
+    args = script.resolve(script.Args(**(dict(env_id="hopper-medium-v2", device="cuda") | steps | variant)))
+    buffer = script.ReplayBuffer(data, 200, device)
     for i in range(100):
         buffer.add(*(column[i] for column in data))
-    agent = td3_opt.Agent(args, 11, 3, device)
+    agent = script.Agent(args, 11, 3, device)
     torch.manual_seed(1)
-    balanced = td3_opt.BalancedReplay(buffer, args.batch_size, device) if args.opt else None
+    balanced = script.BalancedReplay(buffer, args.batch_size, device) if args.replay == "balanced" else None
     seen = []
 
     class FakeRun:
         metrics: dict = {}
-        env_steps = step = 0
+        env_steps = step = gradient_steps = 0
 
         def begin(self, phase):
             torch.manual_seed(2)
+            return True
+
+        def pending(self, phase):
             return True
 
         def add_evaluation(self):
@@ -58,11 +65,11 @@ def losses(phase: str, variant: dict, graphs: bool, monkeypatch) -> list[list[fl
             return buffer.add(*(column[0] for column in data))
 
     if phase == "offline":
-        td3_opt.offline_pretrain(args, FakeRun(), agent, buffer)
+        script.offline_pretrain(args, FakeRun(), agent, buffer)
     elif phase == "online_pretrain":
-        td3_opt.online_pretrain(args, FakeRun(), agent, buffer)
+        script.online_pretrain(args, FakeRun(), agent, buffer)
     else:
-        td3_opt.online_finetune(args, FakeRun(), agent, buffer, balanced, FakeCollector(), td3_opt.Policy(agent.actor))
+        script.online_finetune(args, FakeRun(), agent, buffer, balanced, FakeCollector(), script.Policy(agent.actor))
     monkeypatch.undo()
     return seen
 
@@ -79,8 +86,9 @@ CASES = [
 
 
 @pytest.mark.parametrize("phase, variant", CASES, ids=str)
-def test_cuda_graphs_equal_the_plain_code(phase, variant, monkeypatch):
-    plain, graphs = (losses(phase, variant, graphs, monkeypatch) for graphs in (False, True))
+@pytest.mark.parametrize("script", [td3_opt, spot_opt, iql_opt, rlpd_opt], ids=lambda script: script.__name__)
+def test_cuda_graphs_equal_the_plain_code(script, phase, variant, monkeypatch):
+    plain, graphs = (losses(script, phase, variant, graphs, monkeypatch) for graphs in (False, True))
     assert len(plain) == len(graphs) >= 40
     for a, b in zip(plain, graphs, strict=True):
         assert b == pytest.approx(a, rel=1e-2, abs=1e-3)

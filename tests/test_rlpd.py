@@ -205,6 +205,17 @@ def test_the_policy_samples_its_distribution_and_acts_by_its_mode():
         assert actions.isfinite().all() and log_probs.isfinite().all()
 
 
+def test_exploration_is_a_sample_of_the_policy():
+    torch.manual_seed(0)
+    actor, observation = Actor(3, 2), np.array([0.3, -0.8, 0.5], np.float32)
+    mean, log_std = (x[0].detach().double().numpy() for x in actor.gaussian(torch.from_numpy(observation)[None]))
+    actions = np.stack([rlpd_opt.explore(Args(), rlpd_opt.Policy(actor), observation) for _ in range(3_000)])
+    assert actions.shape == (3_000, 2) and abs(actions).max() <= 1
+    for i in range(2):
+        before = np.arctanh(actions[:, i].astype(float))
+        assert scipy.stats.kstest(before, "norm", (mean[i], np.exp(log_std[i]))).pvalue > 1e-3
+
+
 def test_three_hidden_layers():
     actor = Actor(3, 2, hidden_layers=3)
     x = observations = torch.randn(5, 3)
@@ -353,6 +364,11 @@ def test_settings_of_each_variant():
     assert (off_to_on.random_steps, vanilla.random_steps) == (0, 5_000)
     assert off_to_on.replay == vanilla.replay == "symmetric"
     assert rlpd_opt.resolve(Args(opt=False, random_steps=10)).random_steps == 10
+    assert rlpd_opt.resolve(Args(opt=False, offline_steps=0, online_steps=0)).random_steps == 0
+    names = [args.exp_name for args in (rlpd_opt.resolve(Args()), off_to_on, vanilla)]
+    assert names == ["rlpd_opt", "rlpd", "rlpd_vanilla"]  # Table 13's three columns, in folders of their own
+    assert vanilla.run_dir == "runs/walker2d-random-v2__rlpd_vanilla__0"
+    assert rlpd_opt.resolve(Args(opt=False, offline_steps=0, exp_name="mine")).exp_name == "mine"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -527,30 +543,100 @@ def test_half_of_every_batch_is_from_each_buffer_and_subsets_change(train, varia
     assert repeated < len(subsets) / 10  # one in 45 by chance
 
 
-@pytest.mark.parametrize("arguments", [{}, {"meta_second_order": True}, {"q_on_init": "joint"}], ids=str)
+@pytest.mark.parametrize(
+    "variant, names, kappas",
+    [
+        # kappa from 0.1 to 0.9 over 60 environment steps, of which the collection took 24
+        ({"kappa_decay": 60}, ("q_off", "q_on"), [0.1 + 0.8 * t / 60 for t in range(24, 36)]),
+        ({"kappa_init": 1.0, "kappa_end": 1.0}, ("q_on",), [1.0] * 12),
+        ({"q_on": False}, ("q_off",), [0.0] * 12),
+        ({"opt": False}, ("q_off",), [0.0] * 36),
+        (VANILLA, ("q_off",), [0.0] * 22),
+    ],
+    ids=str,
+)
+def test_utd_critic_steps_then_a_policy_step_on_the_last_batch(train, variant, names, kappas, monkeypatch):
+    events = []
+    critic_step, policy_step = rlpd_opt.critic_step, rlpd_opt.policy_step
+
+    def watch_critic(args, agent, batch, names):
+        events.append(("critic", tuple(names), batch.observations.clone()))
+        return critic_step(args, agent, batch, names)
+
+    def watch_policy(agent, observations, names, kappa):
+        events.append(("policy", tuple(names), observations.clone(), float(kappa)))
+        return policy_step(agent, observations, names, kappa)
+
+    monkeypatch.setattr(rlpd_opt, "critic_step", watch_critic)
+    monkeypatch.setattr(rlpd_opt, "policy_step", watch_policy)
+    train(**variant)
+    blocks = [events[i : i + 5] for i in range(0, len(events), 5)]
+    offline = variant.get("offline_steps", 24) // 4
+    assert len(blocks) == offline + len(kappas)
+    for block, kappa in zip(blocks, [0.0] * offline + kappas, strict=True):
+        wanted = ("q_off",) if offline else names
+        offline = max(0, offline - 1)
+        assert [event[:2] for event in block] == [("critic", wanted)] * 4 + [("policy", wanted)]
+        assert torch.equal(block[4][2], block[3][2]) and not torch.equal(block[4][2], block[2][2])
+        assert block[4][3] == pytest.approx(kappa, rel=1e-6)
+
+
+def test_opt_collects_and_fine_tunes_with_the_policys_exploration(watched, monkeypatch):
+    count = iter(range(100))
+    monkeypatch.setattr(rlpd_opt, "explore", lambda *_: np.array([next(count) / 100], np.float32))
+    actions = watched()["done"]["buffer"]["online_rows"][:, 4]
+    torch.testing.assert_close(actions, torch.arange(36) / 100)
+
+
+INITS = [{}, {"meta_second_order": True}, {"q_on_init": "joint"}, {"q_on_init": "online"}]
+
+
+@pytest.mark.parametrize("arguments", INITS, ids=str)
 def test_one_step_of_online_pretraining_is_the_loss_it_is_said_to_be(watched, arguments, monkeypatch):
-    """Recompute the first step's gradient on the very batch by ten networks of their own."""
-    seen, gradients = [], []
-    sac_target, minimize = rlpd_opt.sac_target, rlpd_opt.minimize
+    """Recompute the first step's target and gradient on the very batch by ten networks of their own."""
+    seen, gradients, agents = [], [], []
+    sac_target, minimize, online_pretrain = rlpd_opt.sac_target, rlpd_opt.minimize, rlpd_opt.online_pretrain
 
     def watch_target(q_target, subset, data, next_actions, next_bonus, gamma):
-        seen.append((data, sac_target(q_target, subset, data, next_actions, next_bonus, gamma), next_bonus))
-        return seen[-1][1]
+        assert q_target is agents[0].q_on_target and gamma == 0.99
+        target = sac_target(q_target, subset, data, next_actions, next_bonus, gamma)
+        seen.append((subset, data, next_actions, next_bonus, target))
+        return target
 
     def watch(loss, optimizer):
         minimize(loss, optimizer)
         gradients.append([p.grad.clone() for p in optimizer.param_groups[0]["params"]])
 
-    monkeypatch.setattr(rlpd_opt, "sac_target", watch_target)
-    monkeypatch.setattr(rlpd_opt, "minimize", watch)
+    def watch_pretrain(args, run, agent, buffer):
+        agents.append(agent)
+        monkeypatch.setattr(rlpd_opt, "sac_target", watch_target)
+        monkeypatch.setattr(rlpd_opt, "minimize", watch)
+        online_pretrain(args, run, agent, buffer)
+        monkeypatch.setattr(rlpd_opt, "sac_target", sac_target)
+
+    monkeypatch.setattr(rlpd_opt, "online_pretrain", watch_pretrain)
     states = watched(offline_steps=0, n_pretrain=1, meta_lr=0.01, **arguments)
-    (data, target, bonus), got = seen[0], gradients[0]
-    assert bonus.shape == (32,)  # the backup has the entropy here as elsewhere
-    critic = LayerNormCritic(4, 1)
-    critic.load_state_dict(states["online_pretrain"]["q_on"])
+    ((subset, data, next_actions, bonus, target),), got = seen, gradients[0]
+    critic, target_critic, actor = LayerNormCritic(4, 1), LayerNormCritic(4, 1), Actor(4, 1)
+    before = states["online_pretrain"]
+    for network, name in ((critic, "q_on"), (target_critic, "q_on_target"), (actor, "actor")):
+        network.load_state_dict(before[name])
+    with torch.no_grad():
+        mean, log_std = actor.gaussian(data.next_observations)
+    log_probs = squashed(mean.double(), log_std.exp().double()).log_prob(next_actions.double()).sum(1)
+    # The backup has the entropy here as elsewhere; the temperature starts at 1
+    np.testing.assert_allclose(bonus, -np.exp(before["temperature"]["log_alpha"].item()) * log_probs, atol=2e-2)
+    noise = (torch.atanh(next_actions.double()) - mean) / log_std.exp()  # a sample of the policy, not its mode
+    assert scipy.stats.kstest(noise.numpy()[:, 0], "norm").pvalue > 1e-3
+    assert len(set(subset.tolist())) == 2 and len(target) == 32
+    with torch.no_grad():
+        following = [numpy_q(target_critic, i, data.next_observations, next_actions) for i in subset]
+    following = np.min(following, axis=0) + bonus.numpy()
+    expected = data.rewards.numpy() + 0.99 * (1 - data.terminals.numpy()) * following
+    np.testing.assert_allclose(target, expected, rtol=1e-3, atol=1e-3)
     got = dict(zip(dict(critic.named_parameters()), got, strict=True))
-    stored = states["online_pretrain"]["buffer"]["online_rows"]
-    assert len(target) == 32 and all((stored[:, :4] == o).all(1).any() for o in data.observations[16:])
+    stored = before["buffer"]["online_rows"]
+    assert all((stored[:, :4] == o).all(1).any() for o in data.observations[16:])
     inputs = torch.cat([data.observations, data.actions], 1)
     for member in (0, 6, 9):
         network = separate(critic, member)
@@ -564,7 +650,9 @@ def test_one_step_of_online_pretraining_is_the_loss_it_is_said_to_be(watched, ar
         if "q_on_init" not in arguments:  # Eq. 3, else Eq. 10
             inner = torch.autograd.grad(loss(off, parameters), list(parameters.values()), create_graph=order)
             adapted = {name: p - 0.01 * g for (name, p), g in zip(parameters.items(), inner, strict=True)}
-        total = loss(off, parameters) + loss(on, adapted)
+        total = loss(on, adapted)
+        if arguments.get("q_on_init") != "online":
+            total = total + loss(off, parameters)
         expected = torch.autograd.grad(total, list(parameters.values()))
         names = ["hidden.0.weight", "hidden.0.bias", "norms.0.scale", "norms.0.shift", "hidden.1.weight"]
         names += ["hidden.1.bias", "norms.1.scale", "norms.1.shift", "out.weight", "out.bias"]
@@ -727,11 +815,13 @@ def refused(capsys, train):
         (["--replay balanced", "--replay uniform"], dict(opt=False, replay="balanced")),
         (["--random-steps is 36", "less than --online-steps (36)"], VANILLA | {"random_steps": 36}),
         (["--random-steps is 5000", "(36)"], dict(opt=False, offline_steps=0)),
+        (["--random-steps is 5", "less than --online-steps (0)"], VANILLA | {"random_steps": 5, "online_steps": 0}),
         (["--random-steps", "--no-opt", "leave it out"], dict(random_steps=5)),
         (["--random-steps is -1", "0 or more"], VANILLA | {"random_steps": -1}),
         (["--subset-size is 11", "at most --ensemble-size (10)"], dict(subset_size=11)),
         (["--subset-size is 2", "at most --ensemble-size (1)"], dict(ensemble_size=1)),
         (["--subset-size is 0", "1 or more"], dict(subset_size=0)),
+        (["--ensemble-size is 0", "1 or more"], dict(ensemble_size=0)),
         (["--hidden-layers is 0", "1 or more"], dict(hidden_layers=0)),
         (["--utd is 0", "1 or more"], dict(utd=0)),
         (["--n-tau is 36", "less than --online-steps (36)"], dict(n_tau=36)),
