@@ -116,10 +116,9 @@ add_runs() { # the runs of one task and seed
         add td3 td3_opt_replay_online --replay online
         ;;
     ablation-n-tau)
-        for n_tau in 25000 6250 12500 50000 100000; do
-            local variant=td3_opt_n_tau_$n_tau
-            [[ $n_tau != 25000 ]] || variant=td3_opt # the paper's protocol
-            online=$((${online_steps:-275000} + n_tau)) add td3 "$variant" --n-tau "$n_tau" --n-pretrain $((2 * n_tau))
+        online=${online_steps:+$((online_steps + 25000))} add td3 td3_opt # N_tau 25,000
+        for n_tau in 6250 12500 50000 100000; do
+            online=$((${online_steps:-275000} + n_tau)) add td3 "td3_opt_n_tau_$n_tau" --n-tau "$n_tau" --n-pretrain $((2 * n_tau))
         done
         ;;
     esac
@@ -173,6 +172,9 @@ plan() { # TABLE OPTIONS
         --opt | --no-opt | --q-on* | --no-q-on | --kappa-* | --replay*)
             refuse "$flag after --: it makes the variants of a table (for one of your own, start the script itself)"
             ;;
+        --n-tau* | --n-pretrain*)
+            [[ $table != ablation-n-tau ]] || refuse "$flag after --: it makes the variants of this table"
+            ;;
         --env-id* | --seed* | --exp-name* | --run-dir* | --offline-from* | --offline-steps* | --online-steps* | --no-resume)
             refuse "$flag after --: benchmark.sh sets it itself (its options: bash benchmark.sh)"
             ;;
@@ -202,7 +204,7 @@ plan() { # TABLE OPTIONS
 
 start() { # RUN SLOT: in the background, in a process group of its own, so that a terminal's Ctrl-C reaches benchmark.sh alone
     local folder=${folders[$1]}
-    mkdir -p "$folder"
+    mkdir -p "$folder" 2>/dev/null || true # if it cannot be made, the run below says so, and fails alone
     set -m
     (
         exec 9>>"$folder/benchmark.log" >&9 2>&1 </dev/null
@@ -218,11 +220,16 @@ start() { # RUN SLOT: in the background, in a process group of its own, so that 
 }
 
 say() { # RUN WORDS
-    printf '%s [%d/%d] %s: %s\n' "$(date +%H:%M:%S)" $(($1 + 1)) ${#commands[@]} "${folders[$1]}" "$2"
+    printf '%s [%d/%d] %s: %s\n' "$(date +%H:%M:%S)" $(($1 + 1)) ${#commands[@]} "${folders[$1]}" "$2" || true
 }
 
-finished_before() { # RUN
-    [[ -f ${folders[$1]}/benchmark.done && $(<"${folders[$1]}/benchmark.done") == "${commands[$1]}" ]]
+own_offline() { # COMMAND: without where its offline phase comes from, which changes nothing in its results
+    sed 's/ --offline-from [^ ]*//' <<<"$1"
+}
+
+finished_before() { # RUN: of this table or another
+    local marker=${folders[$1]}/benchmark.done
+    [[ -f $marker && $(own_offline "$(<"$marker")") == "$(own_offline "${commands[$1]}")" ]]
 }
 
 ready() { # RUN: the offline phase that it takes is there, or will not come (the script says so)
@@ -240,14 +247,14 @@ end() { # SLOT: take note of how its run ended
     pids[$1]=''
     if ((status == 0)); then
         states[$run]=complete
-        printf '%s\n' "${commands[$run]}" >"${folders[$run]}/benchmark.done"
+        printf '%s\n' "${commands[$run]}" 2>/dev/null >"${folders[$run]}/benchmark.done" || true
         say "$run" complete
     elif [[ -n $stopped ]]; then
         states[$run]=stopped
         say "$run" "stopped"
     else
         states[$run]=failed
-        failures+=("${folders[$run]}/benchmark.log: exit $status: $(tail -n 1 "${folders[$run]}/benchmark.log")")
+        failures+=("${folders[$run]}/benchmark.log: exit $status: $(tail -n 1 "${folders[$run]}/benchmark.log" 2>&1 || true)")
         say "$run" "failed"
     fi
 }
@@ -278,6 +285,7 @@ run_all() {
     done
     ((skipped == 0)) || echo "$skipped of ${#commands[@]} runs are complete already"
     for ((slot = 0; slot < jobs; slot++)); do pids[$slot]=''; done
+    trap '' PIPE # nobody reads the output any more: the runs go on
     trap 'stop INT' INT
     trap 'stop TERM' TERM
     trap 'stop HUP' HUP
@@ -297,8 +305,8 @@ run_all() {
     for run in "${!states[@]}"; do
         [[ ${states[$run]} != complete ]] || complete=$((complete + 1))
     done
-    echo "$complete of ${#commands[@]} runs are complete, ${#failures[@]} failed"
-    ((${#failures[@]} == 0)) || printf 'failed: %s\n' "${failures[@]}"
+    echo "$complete of ${#commands[@]} runs are complete, ${#failures[@]} failed" || true
+    ((${#failures[@]} == 0)) || printf 'failed: %s\n' "${failures[@]}" || true
     case $stopped in
     INT) exit 130 ;;
     TERM) exit 143 ;;

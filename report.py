@@ -81,13 +81,12 @@ TABLES = {
     "ablation-q-on": ("Table 11: without Q_on", 11, {"td3_opt": "TD3+OPT", "td3_opt_no_q_on": "without Q_on"}),
 }
 UTD = {"td3": 5, "spot": 1, "iql": 1, "rlpd": 20}
-N_TAU = 25_000
+N_TAU, VAE_STEPS = 25_000, 100_000
 
 # Arguments in which the runs of one cell may differ.
 BOOKKEEPING = set(
     "seed exp_name run_dir device offline_from checkpoint_freq resume save_model capture_video track "
-    "wandb_project_name wandb_entity progress eval_freq reference_model versions git_commit device_name "
-    "threads wandb_id".split()
+    "wandb_project_name wandb_entity progress reference_model versions device_name threads wandb_id".split()
 )
 
 # Arguments that make the variants of one row: beside these its columns of one backbone may differ in nothing.
@@ -126,6 +125,7 @@ class Steps(NamedTuple):
     """A run's step budgets. "paper" is the paper's number for the variant, None what does not apply to it."""
 
     offline: int | None
+    vae: int | str | None
     online: int  # of N_tau's ablation: as if N_tau were the paper's, so that its columns share a row
     n_tau: int | str | None
     n_pretrain: int | str | None
@@ -136,8 +136,16 @@ class Steps(NamedTuple):
         return all(mine is None or mine == its for mine, its in zip(self, row, strict=True))
 
     def __str__(self) -> str:
-        text = f"{self.offline or 0:,} + {self.online:,}"
-        for name, value in (("N_tau", self.n_tau), ("N_pretrain", self.n_pretrain), ("UTD", self.utd)):
+        return self.label(f"{self.online:,}")
+
+    def label(self, online: str) -> str:
+        text = f"{self.offline or 0:,} + {online}"
+        for name, value in (
+            ("VAE", self.vae),
+            ("N_tau", self.n_tau),
+            ("N_pretrain", self.n_pretrain),
+            ("UTD", self.utd),
+        ):
             text += f", {name} {value:,}" if isinstance(value, int) else ""
         return text
 
@@ -171,6 +179,7 @@ class Run:
         n_tau = int(ablated[1]) if ablated else N_TAU
         return Steps(
             offline=None if variant == "rlpd_vanilla" else args["offline_steps"],
+            vae=unless_paper(args["vae_steps"], VAE_STEPS) if "vae_steps" in args else None,
             online=args["online_steps"] - n_tau + N_TAU,
             n_tau=unless_paper(args["n_tau"], n_tau) if args["opt"] else None,
             n_pretrain=(
@@ -193,13 +202,21 @@ class Run:
         return {int(row["env_steps"]): self.score(row) for row in self.evals}
 
 
-def read_csv(path: Path, notes: list[str]) -> list[dict[str, str]]:
-    """The whole rows of a CSV; a half-written one goes to the notes."""
+EVALS = ("phase", "env_steps", "normalized_score", "return_mean")
+SPEED = ("phase", "seconds", "gradient_steps_per_second")
+BIAS = ("phase", "gradient_steps", "q_off_bias", "q_on_bias", "q_mix_bias")
+
+
+def read_csv(path: Path, columns: tuple[str, ...], notes: list[str]) -> list[dict[str, str]]:
+    """The whole rows of a CSV that has these columns; a half-written one goes to the notes."""
     if not path.exists():
         notes.append(f"{path} does not exist")
         return []
     header, *lines = path.read_text(errors="replace").splitlines(keepends=True) or [""]
     names, rows = header.strip().split(","), []
+    if missing := [name for name in columns if name not in names]:
+        notes.append(f"{path}: no column {', '.join(missing)}, left out")
+        return []
     for number, line in enumerate(lines, start=2):
         values = line.strip("\n").split(",")
         if line.endswith("\n") and len(values) == len(names):
@@ -222,10 +239,16 @@ def read_run(folder: Path, notes: list[str]) -> Run | None:
     if missing := NEEDED - args.keys():
         notes.append(f"{folder}: args.json has no {', '.join(sorted(missing))}, left out")
         return None
-    if args["opt"] != ("_opt" in args["exp_name"]):
-        notes.append(f"{folder}: named {args['exp_name']}, but its args.json says opt = {args['opt']}")
-    run = Run(folder, args, read_csv(folder / "evals.csv", notes), [])
-    for row in read_csv(folder / "speed.csv", notes):
+    named = {
+        "opt": "_opt" in args["exp_name"],
+        "q_on": "_opt" in args["exp_name"] and "_no_q_on" not in args["exp_name"],
+        "q_on_init": found[1] if (found := re.search(r"_init_(\w+)$", args["exp_name"])) else "meta",
+    }
+    for name, value in named.items():
+        if args["opt"] and name in args and args[name] != value or name == "opt" and args["opt"] != value:
+            notes.append(f"{folder}: named {args['exp_name']}, but its args.json says {name} = {args[name]}")
+    run = Run(folder, args, read_csv(folder / "evals.csv", EVALS, notes), [])
+    for row in read_csv(folder / "speed.csv", SPEED, notes):
         try:
             finite = all(math.isfinite(float(row[key])) for key in ("seconds", "gradient_steps_per_second"))
         except ValueError:
@@ -321,6 +344,9 @@ class Table:
 
     def __post_init__(self):
         self.totals = {steps: self.add_up(steps) for steps in self.cells}
+
+    def label(self, steps: Steps) -> str:
+        return steps.label(f"{steps.online - N_TAU:,} + N_tau") if self.name == "ablation-n-tau" else str(steps)
 
     def add_up(self, steps: Steps) -> dict[str, dict]:
         """Over the tasks that every column with a run has: total of the means, IQM over as many seeds of each task."""
@@ -432,7 +458,7 @@ def table_markdown(table: Table) -> str:
         for task in table.tasks:
             if not any(task in column for column in columns.values()):
                 continue
-            row, five = [task, str(steps)], ["mean of its last five evaluations", str(steps)]
+            row, five = [task, table.label(steps)], ["mean of its last five evaluations", table.label(steps)]
             for variant in variants:
                 runs = columns[variant].get(task, [])
                 for cells, scores in (
@@ -448,11 +474,12 @@ def table_markdown(table: Table) -> str:
         totals = table.totals[steps]
         if not totals:
             text += markdown_row(
-                ["no total: no task in every column, or returns beside scores", str(steps)] + [""] * (len(head) - 2)
+                ["no total: no task in every column, or returns beside scores", table.label(steps)]
+                + [""] * (len(head) - 2)
             )
             continue
         for name in ("total", "IQM"):
-            row = [f"**{name} of {next(iter(totals.values()))['tasks']}**", str(steps)]
+            row = [f"**{name} of {next(iter(totals.values()))['tasks']}**", table.label(steps)]
             for variant in variants:
                 entry = totals.get(variant)
                 if entry is None:
@@ -489,6 +516,7 @@ def score_rows(table: Table) -> list[dict]:
                         "table": table.name,
                         "task": task,
                         **steps._asdict(),
+                        "online": column[task][0].args["online_steps"],
                         "variant": variant,
                         "seeds": len(column[task]),
                         "mean": mean,
@@ -522,7 +550,8 @@ def speed_rows(runs: list[Run]) -> list[dict]:
         if run.speed:
             groups[run.args["exp_name"], run.steps(), run.args["device_name"], run.args["threads"]].append(run)
     for (variant, steps, device, threads), members in sorted(groups.items(), key=str):
-        row = {"variant": variant, "steps": str(steps), "device": device, "threads": threads, "runs": len(members)}
+        budget = str(steps._replace(online=members[0].args["online_steps"]))
+        row = {"variant": variant, "steps": budget, "device": device, "threads": threads, "runs": len(members)}
         seconds = defaultdict(list)
         for phase in ("offline", "online_pretrain", "online_finetune"):
             rates = [r["gradient_steps_per_second"] for run in members for r in run.speed if r["phase"] == phase]
@@ -559,7 +588,7 @@ def speed_markdown(rows: list[dict]) -> str:
 
 def slug(table: Table, steps: Steps) -> str:
     """File name of a figure: the table's, and the steps where it has rows of several."""
-    words = str(steps).replace(",", "").replace(" + ", "+").replace(" ", "-")
+    words = table.label(steps).replace(",", "").replace(" + ", "+").replace(" ", "-")
     return table.name if len(table.cells) == 1 else f"{table.name}-{words}"
 
 
@@ -608,15 +637,17 @@ def draw_curves(table: Table, steps: Steps, path: Path) -> Path:
             axis.fill_between(thousands, mean - band, mean + band, color=style["color"], alpha=0.15, linewidth=0)
             if column[task][0].args["opt"]:
                 n_tau = column[task][0].args["n_tau"] / 1000
-                colour = style["color"] if table.name == "ablation-n-tau" else "#404040"
-                handles["N_tau"] = axis.axvline(n_tau, color=colour, linewidth=0.9, linestyle=(0, (1, 2)))
+                line = {"color": "#404040", "linestyle": (0, (1, 2))}
+                if table.name == "ablation-n-tau":  # each its own, in the style of its curve
+                    line = {"color": style["color"], "linestyle": style["linestyle"]}
+                handles["N_tau"] = axis.axvline(n_tau, linewidth=0.9, **line)
         axis.set_title(task, fontsize=9)
         axis.tick_params(labelsize=8)
         axis.margins(x=0.02)
     end = {label: handle for label, handle in handles.items() if label == "N_tau"}
     handles = {label: handle for label, handle in handles.items() if label != "N_tau"} | end
     figure.supylabel(score_label(table, tasks), fontsize=9)
-    figure.suptitle(f"{table.title}\nsteps {steps}; mean and 95% interval over seeds", fontsize=10)
+    figure.suptitle(f"{table.title}\nsteps {table.label(steps)}; mean and 95% interval over seeds", fontsize=10)
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=2 if len(tasks) < 3 else 3, fontsize=8
     )
@@ -658,7 +689,7 @@ def draw_scores(table: Table, steps: Steps, path: Path) -> Path:
     axis.set_ylim(len(tasks) - 0.5, -0.5)
     axis.tick_params(axis="x", labelsize=8)
     axis.set_xlabel(f"{score_label(table, tasks)} after the last online step", fontsize=9)
-    axis.set_title(f"{table.title}\nsteps {steps}; mean and 95% interval over seeds", fontsize=10)
+    axis.set_title(f"{table.title}\nsteps {table.label(steps)}; mean and 95% interval over seeds", fontsize=10)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return save(figure, path)
 
@@ -670,7 +701,7 @@ def draw_bias(folders: list[Path], path: Path, notes: list[str]) -> Path:
     for axis, folder in zip(axes, folders, strict=True):
         if not (folder / "bias.csv").exists():
             raise bad_input(f"{folder} has no bias.csv: run it with --reference-model, another run's model.pt")
-        rows = read_csv(folder / "bias.csv", notes)
+        rows = read_csv(folder / "bias.csv", BIAS, notes)
         if not rows:
             raise bad_input(f"{folder / 'bias.csv'} holds no whole row: let the run go on to its next evaluation")
         names = {"q_off_bias": "Q_off", "q_on_bias": "Q_on", "q_mix_bias": "the mix of both"}
@@ -679,6 +710,9 @@ def draw_bias(folders: list[Path], path: Path, notes: list[str]) -> Path:
             for row in rows:
                 if row[name] and math.isfinite(float(row[name])):
                     values[int(row["gradient_steps"])].append(float(row[name]))
+                elif row[name]:
+                    step = row["gradient_steps"]
+                    notes.append(f"{folder / 'bias.csv'}: {name} is not finite at gradient step {step}, left out")
             if not values:
                 continue
             x = sorted(values)
@@ -750,7 +784,7 @@ def report(runs_folder: Path, out: Path) -> str:
         for steps in table.cells:
             for draw, kind in ((draw_scores, "scores"), (draw_curves, "curves")):
                 name = draw(table, steps, out / f"{slug(table, steps)}-{kind}.png").name
-                text += f"![{table.title}, {kind}, steps {steps}]({name})\n\n"
+                text += f"![{table.title}, {kind}, steps {table.label(steps)}]({name})\n\n"
     if runs:
         speed = speed_rows(runs)
         text += speed_markdown(speed) + "\n" if speed else ""

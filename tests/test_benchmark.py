@@ -146,7 +146,7 @@ def test_tables_can_be_narrowed_and_shortened():
         # Beside the full runs, not among them.
         assert folder_of(command).endswith("__online20" if "rlpd_vanilla" in command else "__offline10_online20")
     n_tau = dry_run("ablation-n-tau", "--seeds", 1, "--env-ids", "hopper-random-v2", "--online-steps", 100)
-    assert sorted(int(values(c)["--online-steps"]) - int(values(c)["--n-tau"]) for c in n_tau) == [100] * 5
+    assert sorted(int(values(c)["--online-steps"]) - int(values(c).get("--n-tau", 25_000)) for c in n_tau) == [100] * 5
 
 
 def test_the_slurm_array_has_the_same_commands(folder):
@@ -188,6 +188,7 @@ def test_usage_and_bad_input():
         "table1 --jobs 0": "--jobs 0",
         "table1 --online-steps 1e5": "whole number",
         "table1 -- --seed 3": "--seed after --",
+        "ablation-n-tau -- --n-tau 4": "--n-tau after --",
         "quick now": "takes no options",
     }
     for arguments, words in cases.items():
@@ -259,6 +260,33 @@ def test_a_failure_is_reported_and_tried_again(folder, stand_in):
     assert counts == {("td3", "0"): 1, ("td3_opt", "0"): 1, ("td3", "1"): 2, ("td3_opt", "1"): 1}
 
 
+def test_what_the_shell_cannot_write_fails_alone(folder, stand_in):
+    (folder / "runs" / "A-v0__td3__1" / "benchmark.log").mkdir(parents=True)
+    (folder / "runs" / "A-v0__td3__2").touch()
+    result = benchmark(folder, "table1", "--env-ids", "A-v0", "--seeds", 3, "--jobs", 2, **stand_in)
+    assert result.returncode == 1 and "2 of 6 runs are complete, 4 failed" in result.stdout
+    assert [name + seed for _, what, name, seed, *_ in events(folder) if what == "start"] == ["td30", "td3_opt0"]
+    failed = [line for line in result.stdout.splitlines() if line.startswith("failed: ")]
+    for run in ("td3__1", "td3__2", "td3_opt__1", "td3_opt__2"):
+        assert sum(f"runs/A-v0__{run}/benchmark.log" in line for line in failed) == 1
+
+
+def test_nobody_reads_on(folder, stand_in):
+    command = "bash benchmark.sh table1 --env-ids A-v0 --seeds 1 | true"
+    subprocess.run(["bash", "-c", command], cwd=folder, env=os.environ | stand_in, check=True)
+    assert [what for _, what, *_ in events(folder)] == ["start", "end"] * 2
+
+
+def test_tables_share_their_finished_runs(folder, stand_in):
+    narrow = ("--env-ids", "A-v0", "--seeds", 1)
+    assert benchmark(folder, "table1", *narrow, **stand_in).returncode == 0
+    for table, count in (("ablation-q-on", 2), ("ablation-n-tau", 5), ("table1", 2)):
+        result = benchmark(folder, table, *narrow, **stand_in)
+        assert result.returncode == 0 and f"of {count} runs are complete already" in result.stdout
+    starts = Counter(name for _, what, name, *_ in events(folder) if what == "start")
+    assert starts["td3"] == starts["td3_opt"] == 1 and len(starts) == 7
+
+
 @pytest.mark.parametrize(
     "number, status, slurm",
     [
@@ -310,13 +338,13 @@ def test_runs_that_a_killed_benchmark_left_behind_are_waited_for(folder, stand_i
 
 
 def test_a_grid_of_real_runs_killed_in_the_middle(folder, home, pendulum_file):
-    """8 runs, 2 at a time: one fails, benchmark.sh is killed outright, its runs live on; the second one makes up."""
+    """8 runs, 2 at a time, one fails. Ctrl-C, then benchmark.sh is killed outright, its runs live on; then it ends."""
     command = ["bash", "benchmark.sh", "table1", "--env-ids", "InvertedPendulum-v5", "--seeds", "4", "--jobs", "2"]
     command += [
         "--offline-steps",
         "20",
         "--online-steps",
-        "40",
+        "400",
         "--",
         "--n-tau",
         "20",
@@ -326,12 +354,17 @@ def test_a_grid_of_real_runs_killed_in_the_middle(folder, home, pendulum_file):
         "1",
     ]
     command += ["--batch-size", "8", "--eval-freq", "0", "--eval-episodes", "1", "--dataset", str(pendulum_file)]
-    runs = {f"{name}-{seed}": folder / "runs" / f"InvertedPendulum-v5__{name}__{seed}__offline20_online40"
+    runs = {f"{name}-{seed}": folder / "runs" / f"InvertedPendulum-v5__{name}__{seed}__offline20_online400"
             for name in ("td3", "td3_opt") for seed in range(4)}  # fmt: skip
     runs["td3_opt-2"].mkdir(parents=True)
     (runs["td3_opt-2"] / "checkpoint.pt").write_text("no checkpoint")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = os.environ | {"HOME": str(home), "PATH": path}
+    zeroth = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL)
+    wait_for(lambda: (runs["td3-0"] / "args.json").exists())
+    zeroth.send_signal(signal.SIGINT)
+    assert zeroth.wait() == 130
+    assert "stopped, with a checkpoint" in (runs["td3-0"] / "benchmark.log").read_text()
     first = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL)
     wait_for(lambda: (runs["td3_opt-0"] / "args.json").exists())
     first.kill()
@@ -346,8 +379,9 @@ def test_a_grid_of_real_runs_killed_in_the_middle(folder, home, pendulum_file):
         if name != "td3_opt-2":
             with open(run / "evals.csv", newline="") as file:
                 last = list(csv.DictReader(file))[-1]
-            assert (last["phase"], last["env_steps"]) == ("online_finetune", "40")
-            assert len(list(run.glob("events.out.tfevents*"))) == 1, f"{name} was trained twice"
+            assert (last["phase"], last["env_steps"]) == ("online_finetune", "400")
+            starts = 1 + (run / "benchmark.log").read_text().count("stopped, with a checkpoint")
+            assert len(list(run.glob("events.out.tfevents*"))) == starts, f"{name} was trained twice"
             again = (run / "benchmark.log").read_text().count("is complete")
             assert again <= (name not in complete_before)
 

@@ -154,6 +154,7 @@ def test_what_cannot_be_used_is_named_and_counts_nowhere(runs, no_figures, tmp_p
         "args.json has no device_name": 1,
         "evals.csv does not exist": 1,
         "unfinished (start, environment step 0 of 300000)": 2,
+        "evals.csv: no column env_steps, normalized_score, return_mean, left out": 1,
         f"{twice}: the same variant, task, seed and steps as": 1,
     }
     for words, count in expected.items():
@@ -213,6 +214,43 @@ def test_the_mean_of_the_last_five_online_evaluations_stands_below(no_figures, t
     assert float(scores[0]["last_five_interval"]) == pytest.approx(25.4124, abs=1e-3)
 
 
+def test_tasks_with_other_vae_steps_are_other_rows_and_other_commits_are_named(no_figures, tmp_path):
+    runs = tmp_path / "runs"
+    write_run(runs, "spot", "antmaze-umaze-v2", 0, [0, 1], vae_steps=100_000, git_commit="a", eval_freq=5)
+    write_run(runs, "spot", "antmaze-umaze-v2", 1, [0, 1], vae_steps=100_000, git_commit="b", eval_freq=7)
+    write_run(runs, "spot", "antmaze-umaze-diverse-v2", 0, [0, 1], vae_steps=10)
+    text, *_ = make(runs, tmp_path / "out")
+    assert "| antmaze-umaze-v2 | 1,000,000 + 300,000 |" in text
+    assert "| antmaze-umaze-diverse-v2 | 1,000,000 + 300,000, VAE 10 |" in text
+    notes = [note for note in left_out(text) if note.startswith("table2")]
+    assert [note.split(":")[1] for note in notes] == [
+        " one cell mixes --eval_freq 5, 7",
+        ' one cell mixes --git_commit "a", "b"',
+    ]
+
+
+@pytest.mark.parametrize(
+    "variant, changes",
+    [("td3_opt", {"q_on": False}), ("td3_opt", {"q_on_init": "joint"}), ("td3_opt_no_q_on", {"q_on": True}),
+     ("td3_opt_init_online", {"q_on_init": "meta"})],
+)  # fmt: skip
+def test_a_run_that_is_not_what_its_name_says_is_named(no_figures, tmp_path, variant, changes):
+    changes = {"q_on": "no_q_on" not in variant} | changes
+    write_run(tmp_path / "runs", variant, "hopper-random-v2", 0, [0, 1], **changes)
+    text, *_ = make(tmp_path / "runs", tmp_path / "out")
+    assert f"named {variant}, but its args.json says" in text
+
+
+def test_a_half_written_header(no_figures, tmp_path):
+    write_run(tmp_path / "runs", "td3", "hopper-random-v2", 0, [0, 1])
+    folder = write_run(tmp_path / "runs", "td3", "hopper-random-v2", 1, [0, 1])
+    (folder / "evals.csv").write_text("phase,env_steps,gradi\nonline_finetune,300000,5\n")
+    (folder / "speed.csv").write_text("phase,gradient_steps,env_st\noffline,1000,0\n")
+    text, scores, _ = make(tmp_path / "runs", tmp_path / "out")
+    assert scores[0]["seeds"] == "1" and "evals.csv: no column normalized_score, return_mean, left out" in text
+    assert "speed.csv: no column seconds, gradient_steps_per_second, left out" in text
+
+
 def test_n_tau_and_rlpd_share_rows_although_their_steps_differ(no_figures, tmp_path):
     runs, env = tmp_path / "runs", "hopper-random-v2"
     for n_tau, score in ((6250, 1), (12500, 2), (25000, 3), (50000, 4), (100000, 5)):
@@ -222,7 +260,12 @@ def test_n_tau_and_rlpd_share_rows_although_their_steps_differ(no_figures, tmp_p
     write_run(runs, "rlpd", env, 0, [0, 7])
     write_run(runs, "rlpd_opt", env, 0, [0, 8])
     text, *_ = make(runs, tmp_path / "out")
-    assert text.count("| hopper-random-v2 | 1,000,000 + 300,000 |") == 3  # table 1, because of td3_opt, 10 and 13
+    assert text.count("| hopper-random-v2 | 1,000,000 + 300,000 |") == 2  # table 1, because of td3_opt, and 13
+    assert text.count("| hopper-random-v2 | 1,000,000 + 275,000 + N_tau |") == 1
+    online = {row["variant"]: row["online"] for row in csv_rows(tmp_path / "out" / "scores.csv")}
+    assert (online["td3_opt"], online["td3_opt_n_tau_6250"]) == ("300000", "281250")
+    steps = {row["variant"]: row["steps"] for row in csv_rows(tmp_path / "out" / "speed.csv")}
+    assert steps["td3_opt_n_tau_100000"] == "1,000,000 + 375,000"
     row = next(line for line in text.splitlines() if line.startswith("| hopper-random-v2") and "105.8 ± 1.3" in line)
     assert [cell.strip() for cell in row.split("|")][3:-1:2] == [f"{score:.1f} (1)" for score in (1, 2, 3, 4, 5)]
     row = next(line for line in text.splitlines() if line.startswith("| hopper-random-v2") and "95.7 ± 18.4" in line)
