@@ -404,3 +404,13 @@ def test_an_empty_folder_says_so(tmp_path):
     (tmp_path / "runs").mkdir()
     result = run_report(cwd=tmp_path)
     assert result.returncode == 2 and result.stderr.startswith("report.py: runs holds no run"), result.stderr
+
+
+def test_the_kept_runs_make_the_kept_scores(no_figures, tmp_path):
+    """results/figures is what the command in results/README.md makes of the runs in results/runs."""
+    make(ROOT / "results" / "runs", tmp_path)
+    kept = ROOT / "results" / "figures"
+    for name in ("scores.csv", "totals.csv"):
+        assert (tmp_path / name).read_text() == (kept / name).read_text()
+    ours, theirs = ((folder / "report.md").read_text().split("## Left out")[0] for folder in (tmp_path, kept))
+    assert ours == theirs
