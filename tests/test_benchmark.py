@@ -287,6 +287,12 @@ def test_tables_share_their_finished_runs(folder, stand_in):
     assert starts["td3"] == starts["td3_opt"] == 1 and len(starts) == 7
 
 
+def from_a_terminal() -> None:
+    """Before exec: where these tests run in the background, bash could not trap what it is started ignoring."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(
     "number, status, slurm",
     [
@@ -302,7 +308,13 @@ def test_ctrl_c_stops_the_runs_first(folder, stand_in, number, status, slurm):
     environment = {key: value for key, value in os.environ.items() if key != "SLURM_JOB_ID"} | stand_in
     environment |= {"NAP": "60"} | ({"SLURM_JOB_ID": "1"} if slurm else {})
     process = subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=from_a_terminal,
     )
     wait_for(lambda: (folder / "events").exists() and len(events(folder)) == 2)
     os.killpg(process.pid, number)  # as a terminal does; the runs are in process groups of their own
@@ -360,7 +372,9 @@ def test_a_grid_of_real_runs_killed_in_the_middle(folder, home, pendulum_file):
     (runs["td3_opt-2"] / "checkpoint.pt").write_text("no checkpoint")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = os.environ | {"HOME": str(home), "PATH": path}
-    zeroth = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL)
+    zeroth = subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, preexec_fn=from_a_terminal
+    )
     wait_for(lambda: (runs["td3-0"] / "args.json").exists())
     zeroth.send_signal(signal.SIGINT)
     assert zeroth.wait() == 130
