@@ -669,7 +669,7 @@ def draw_scores(table: Table, steps: Steps, path: Path) -> Path:
         figsize=(8, 1.6 + len(tasks) * (0.16 + 0.17 * len(columns)) + 0.22 * len(columns)), layout="constrained"
     )
     for i, (variant, column) in enumerate(columns.items()):
-        style = STYLES[i % len(STYLES)] | {"linestyle": ""}
+        style = STYLES[list(table.headings).index(variant) % len(STYLES)] | {"linestyle": ""}  # as in the curves
         places = [row + 0.8 * ((i + 0.5) / len(columns) - 0.5) for row in range(len(tasks))]
         label = f"{table.headings[variant]} ({seeds_label(column)})"
         for row, task in enumerate(tasks):
