@@ -378,6 +378,7 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
             env = gym.make(name, render_mode=render_mode, **kwargs)
         if env_id in ANTMAZE_TASKS:
             env.unwrapped.position_noise_range = 0  # the noise moves the goal, which the observation does not tell
+            env.unwrapped.ant_env.unwrapped._reset_noise_scale = 0.1  # D4RL's; without it all episodes start the same
             env = gym.wrappers.FlattenObservation(
                 gym.wrappers.FilterObservation(env, ("achieved_goal", "observation"))  # D4RL's 2 + 27 numbers
             )
