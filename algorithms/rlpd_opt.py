@@ -836,8 +836,15 @@ class BalancedReplay:
     def __init__(self, buffer: ReplayBuffer, batch_size: int, device: torch.device):
         self.buffer, self.batch_size = buffer, batch_size
         self.tree = SumTree(len(buffer.rows), device)
-        self.ratio = Critic(buffer.widths[0], buffer.widths[1], members=1).to(device)  # 256-256-1, with a ReLU behind
-        nn.init.ones_(self.ratio.layers[2].bias)
+        self.ratio = nn.Sequential(
+            nn.Linear(sum(buffer.widths[:2]), 256),
+            nn.ReLU(inplace=True),
+            nn.Linear(256, 256),
+            nn.ReLU(inplace=True),
+            nn.Linear(256, 1),
+            nn.ReLU(),
+        ).to(device)
+        nn.init.ones_(self.ratio[4].bias)
         self.optimizer = make_adam(self.ratio, 3e-4)
         self.largest = torch.ones((), dtype=torch.float64, device=device)
 
@@ -852,16 +859,20 @@ class BalancedReplay:
         """A new online transition enters at the largest priority seen."""
         self.tree.set(torch.tensor([row], device=self.largest.device), self.largest.view(1))
 
+    def density_ratio(self, batch: Dataset) -> torch.Tensor:
+        """w(s,a) >= 0, an estimate of the online density over the offline one, [B]."""
+        return self.ratio(torch.cat([batch.observations, batch.actions], 1)).squeeze(1)
+
     def update(self, rows: torch.Tensor, batch: Dataset) -> torch.Tensor:
         """A step of the density ratio on a uniform batch of each buffer, then new priorities for the rows used."""
         n = self.batch_size
         uniform = self.buffer[torch.cat([self.buffer.sample_offline(n), self.buffer.sample_online(n)])]
-        offline_ratio, online_ratio = self.ratio(uniform.observations, uniform.actions)[0].relu().split(n)
+        offline_ratio, online_ratio = self.density_ratio(uniform).split(n)
         loss = density_ratio_loss(offline_ratio, online_ratio)
         minimize(loss, self.optimizer)
         with torch.no_grad():
             scale = offline_ratio.pow(1 / self.TEMPERATURE).mean() + 1e-10
-            priorities = self.ratio(batch.observations, batch.actions)[0].relu().pow(1 / self.TEMPERATURE) / scale
+            priorities = self.density_ratio(batch).pow(1 / self.TEMPERATURE) / scale
             priorities = priorities.clamp(self.PRIORITY_MIN, self.PRIORITY_MAX).double()
             self.tree.set(rows, priorities)
             torch.maximum(self.largest, priorities.max(), out=self.largest)
@@ -937,7 +948,10 @@ class Temperature(nn.Module):
 
 
 class EnsembleLinear(nn.Module):
-    """`members` linear layers in one batched call, [members, B, inputs] to [members, B, outputs]; nn.Linear's init."""
+    """`members` linear layers in one batched call, [members, B, inputs] to [members, B, outputs]; nn.Linear's init.
+
+    [B, inputs] to [B, outputs] is the first member alone.
+    """
 
     def __init__(self, members: int, inputs: int, outputs: int):
         super().__init__()
@@ -947,34 +961,13 @@ class EnsembleLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight, bias = self.weight, self.bias
-        if len(x) < len(weight):  # the first members alone; a slice costs time in every backward pass
-            weight, bias = weight[: len(x)], bias[: len(x)]
-        if weight.shape[2] == 1:  # a dot product a row: several times faster than a product with a one-column matrix
-            return (x * weight.transpose(1, 2)).sum(2, keepdim=True) + bias
-        if len(x) == 1:  # a batched product uses one thread a member
-            return torch.addmm(bias[0], x[0], weight[0]).unsqueeze(0)
+        if x.dim() == 2:  # where it is the only one, the backward pass of [0] would fill and copy a gradient in vain
+            weight, bias = (p.squeeze(0) if len(p) == 1 else p[0] for p in (weight, bias))
+        if weight.shape[-1] == 1:  # a dot product a row: several times faster than a product with a one-column matrix
+            return (x * weight.mT).sum(-1, keepdim=True) + bias
+        if x.dim() == 2:  # a batched product uses one thread a member
+            return torch.addmm(bias, x, weight)
         return torch.baddbmm(bias, x, weight)
-
-
-class Critic(nn.Module):
-    """An ensemble of Q(s,a): observations [B, observation_dim], actions [B, action_dim] to values [members, B]."""
-
-    def __init__(self, observation_dim: int, action_dim: int, members: int = 2):
-        super().__init__()
-        self.layers = nn.ModuleList(
-            [
-                EnsembleLinear(members, observation_dim + action_dim, 256),
-                EnsembleLinear(members, 256, 256),
-                EnsembleLinear(members, 256, 1),
-            ]
-        )
-
-    def forward(self, observations: torch.Tensor, actions: torch.Tensor, members: int | None = None) -> torch.Tensor:
-        """Values of the first `members` critics, of all where it is None."""
-        x = torch.cat([observations, actions], 1).expand(members or len(self.layers[0].weight), -1, -1)
-        x = self.layers[0](x).relu_()
-        x = self.layers[1](x).relu_()
-        return self.layers[2](x).squeeze(2)
 
 
 class EnsembleLayerNorm(nn.Module):

@@ -47,6 +47,21 @@ def numpy_q(critic: Critic, member: int, observations, actions):
     return numpy_mlp(critic_layers(critic, member), np.hstack([observations, actions]))[:, 0]
 
 
+@pytest.mark.parametrize("outputs", [4, 1])
+@pytest.mark.parametrize("members", [1, 3])
+def test_ensemble_linear_is_a_linear_layer_for_each_member(members, outputs):
+    """Values and gradients, of all members and, where x has two axes, of the first alone."""
+    layer, x = td3_opt.EnsembleLinear(members, 5, outputs), torch.randn(7, 5, requires_grad=True)
+    together = [layer(x.expand(members, -1, -1)), layer(x).unsqueeze(0)]
+    assert [tuple(values.shape) for values in together] == [(members, 7, outputs), (1, 7, outputs)]
+    for values in together:
+        plain = torch.stack([x @ layer.weight[i] + layer.bias[i, 0] for i in range(len(values))])
+        torch.testing.assert_close(values, plain)
+        parameters, loss = [x, layer.weight, layer.bias], torch.randn_like(plain)
+        gradients = [torch.autograd.grad((loss * v).sum(), parameters) for v in (values, plain)]
+        torch.testing.assert_close(*gradients)
+
+
 def test_critic_ensemble_and_actor_are_plain_mlps():
     critic, actor, data = Critic(3, 2), Actor(3, 2), batch()
     values = critic(data.observations, data.actions)
@@ -55,7 +70,8 @@ def test_critic_ensemble_and_actor_are_plain_mlps():
         np.testing.assert_allclose(
             values[member].detach(), numpy_q(critic, member, data.observations, data.actions), rtol=1e-10
         )
-    first = critic(data.observations, data.actions, members=1)
+    first = critic(data.observations, data.actions, first_only=True)
+    assert first.shape == (1, 16)
     np.testing.assert_allclose(first[0].detach(), values[0].detach(), rtol=1e-10)
     actions = np.tanh(numpy_mlp(actor_layers(actor), data.observations.numpy()))
     np.testing.assert_allclose(actor(data.observations).detach(), actions, rtol=1e-10)
@@ -201,7 +217,7 @@ def test_eq_4_gradient_is_the_weighted_sum_of_both(kappa):
     parameters = list(actor.parameters())
 
     def first(critic):
-        return critic(data.observations, actor(data.observations), members=1)[0]
+        return critic(data.observations, actor(data.observations), first_only=True)[0]
 
     loss = td3_opt.policy_loss(first(q_off), first(q_on), kappa)
     mixed = torch.autograd.grad(loss, parameters)

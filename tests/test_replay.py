@@ -149,7 +149,7 @@ def test_density_ratio_recovers_the_ratio_of_two_gaussians():
                 group["lr"] = 3e-5  # so that the last iterate is not blurred by its own noise
     x = torch.linspace(-1.0, 1.5, 51)
     with torch.no_grad():
-        ratio = replay.ratio(torch.stack([x, torch.zeros(51)], 1), torch.zeros(51, 1))[0].relu()
+        ratio = replay.ratio(torch.stack([x, torch.zeros(51), torch.zeros(51)], 1)).squeeze(1)
     expected = scipy.stats.norm.pdf(x, 0.7, 0.8) / scipy.stats.norm.pdf(x, 0.0, 1.0)
     error = np.abs(ratio.numpy() / expected - 1)
     assert error.max() < 0.15, error.max()
@@ -165,15 +165,13 @@ def test_priorities_after_an_update():
     torch.manual_seed(5)
     uniform = replay.buffer[torch.cat([replay.buffer.sample_offline(256), replay.buffer.sample_online(256)])]
     with torch.no_grad():
-        mean_offline = (
-            replay.ratio(uniform.observations[:256], uniform.actions[:256])[0].relu().double().pow(0.2).mean()
-        )
+        offline = torch.cat([uniform.observations[:256], uniform.actions[:256]], 1)
+        mean_offline = replay.ratio(offline).double().pow(0.2).mean()
     torch.manual_seed(5)
     replay.update(rows, batch)
     with torch.no_grad():
-        expected = (replay.ratio(batch.observations, batch.actions)[0].relu().double().pow(0.2) / mean_offline).clamp(
-            1e-3, 1e3
-        )
+        inputs = torch.cat([batch.observations, batch.actions], 1)
+        expected = (replay.ratio(inputs).squeeze(1).double().pow(0.2) / mean_offline).clamp(1e-3, 1e3)
     after = replay.tree.leaves.view(-1)
     torch.testing.assert_close(after[rows], expected, rtol=1e-5, atol=0)
     changed = torch.ones(len(after), dtype=torch.bool).index_fill(0, rows, False)
@@ -182,8 +180,9 @@ def test_priorities_after_an_update():
 
 def test_the_density_ratio_starts_at_one():
     replay = gaussian_replay(1_000)
-    assert replay.ratio.layers[2].bias.item() == 1
-    assert [tuple(layer.weight.shape) for layer in replay.ratio.layers] == [(1, 3, 256), (1, 256, 256), (1, 256, 1)]
+    kinds = [type(layer).__name__ for layer in replay.ratio]
+    assert kinds == ["Linear", "ReLU"] * 3 and replay.ratio[4].bias.item() == 1
+    assert [tuple(replay.ratio[i].weight.shape) for i in (0, 2, 4)] == [(256, 3), (256, 256), (1, 256)]
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.5, 0.8])
@@ -218,13 +217,13 @@ def test_the_largest_priority_follows_the_updates():
     replay.start(0.01)  # the largest at the start is 1
     assert replay.largest == 1
     with torch.no_grad():
-        replay.ratio.layers[2].bias.fill_(0.0)
-        replay.ratio.layers[2].weight.fill_(0.0)
+        replay.ratio[4].bias.fill_(0.0)
+        replay.ratio[4].weight.fill_(0.0)
     rows = torch.tensor([1])
     replay.update(rows, replay.buffer[rows])  # a dead network: 0 / (0 + 1e-10), clamped
     assert replay.tree.leaves.view(-1)[1].item() == pytest.approx(1e-3) and replay.largest == 1
     replay.largest.fill_(0.5)
     with torch.no_grad():
-        replay.ratio.layers[2].bias.fill_(2.0)
+        replay.ratio[4].bias.fill_(2.0)
     replay.update(rows, replay.buffer[rows])
     assert replay.largest == replay.tree.leaves.view(-1)[1] and 0.9 < replay.largest < 1.1

@@ -105,9 +105,10 @@ def test_networks_with_layer_norm_are_plain_networks():
         for norm in critic.norms:
             norm.weight.uniform_(0.5, 2), norm.bias.uniform_(-1, 1)
     observations, actions = torch.randn(9, 5), torch.randn(9, 3)
-    for members in (1, 2):
-        values = critic(observations, actions, members=members)
-        for i in range(members):
+    for first_only in (False, True):
+        values = critic(observations, actions, first_only=first_only)
+        assert values.shape == ((1, 9) if first_only else (2, 9))
+        for i in range(len(values)):
             layers = []
             for linear, norm in zip(critic.layers, [*critic.norms, None], strict=True):
                 plain = torch.nn.Linear(*linear.weight[i].shape)
