@@ -721,9 +721,8 @@ class ReplayBuffer:
         self.rows = torch.zeros(self.n_offline + online_capacity, sum(self.widths), device=device)
         for column, values in zip(self.rows[: self.n_offline].split(self.widths, 1), dataset, strict=True):
             column.copy_(torch.from_numpy(values).view(self.n_offline, -1))
-        self.online_size = torch.zeros(
-            (), dtype=torch.float64, device=device
-        )  # on the device, so that a CUDA graph sees it grow
+        # On the device, so that a CUDA graph sees it grow
+        self.online_size = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, *transition) -> int:
         """Store one online transition (the fields of Dataset) over the oldest; returns its row."""
@@ -797,15 +796,13 @@ class SumTree:
 
     def sample(self, n: int) -> torch.Tensor:
         """n leaves [n], independently, each with probability priority / total."""
+        # Two draws each, of a node and of a leaf in it; 1e-12: rounding must not lead past the last positive one
+        draws = torch.rand(2, n, dtype=torch.float64, device=self.nodes.device).mul_(1 - 1e-12)
         ends = self.nodes.cumsum(0)
-        point = torch.rand(n, dtype=torch.float64, device=ends.device) * ends[-1] * (1 - 1e-12)
-        node = torch.searchsorted(ends, point, right=True)
-        point = point - (ends[node] - self.nodes[node])
+        node = torch.searchsorted(ends, draws[0] * ends[-1], right=True)
         ends = self.leaves[node].cumsum(1)
-        point = point.clamp(min=0).minimum(
-            ends[:, -1] * (1 - 1e-12)
-        )  # 1e-12: rounding must not lead past the last positive leaf
-        return node * self.WIDTH + torch.searchsorted(ends, point.unsqueeze(1), right=True).squeeze(1)
+        leaf = torch.searchsorted(ends, (draws[1] * ends[:, -1]).unsqueeze(1), right=True).squeeze(1)
+        return node * self.WIDTH + leaf
 
     def state_dict(self) -> dict:
         return {"leaves": self.leaves, "nodes": self.nodes}

@@ -104,12 +104,15 @@ def test_sum_tree_equals_a_naive_one_after_many_updates_with_repeated_indices():
     padded = np.zeros(tree.leaves.numel())
     padded[:size] = naive
     np.testing.assert_allclose(tree.nodes, padded.reshape(tree.leaves.shape).sum(1), rtol=1e-12)
-    # the draw at a given point is the naive one's: first leaf whose cumulative sum is larger
+    # at two given points in [0, 1) the draw is the naive one's: first node, then leaf, whose cumulative sum is larger
     torch.manual_seed(1)
-    drawn = tree.sample(5_000)
+    drawn = tree.sample(2_000)
     torch.manual_seed(1)
-    points = torch.rand(5_000, dtype=torch.float64).numpy() * naive.sum()
-    np.testing.assert_array_equal(drawn, np.searchsorted(np.cumsum(naive), points, side="right"))
+    draws, table = torch.rand(2, 2_000, dtype=torch.float64).T.tolist(), padded.reshape(tree.leaves.shape)
+    for leaf, (first, second) in zip(drawn.tolist(), draws, strict=True):
+        node = next(i for i, end in enumerate(np.cumsum(table.sum(1))) if end > first * naive.sum())
+        place = next(i for i, end in enumerate(np.cumsum(table[node])) if end > second * table[node].sum())
+        assert leaf == node * SumTree.WIDTH + place
 
 
 def test_density_ratio_loss_by_hand():
