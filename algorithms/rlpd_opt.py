@@ -1918,15 +1918,21 @@ def train(args: Args) -> float:
     run.evaluate = lambda: evaluate(policy, evaluation_env, normalize, args.env_id, args.eval_episodes, args.seed)
     if args.reference_model:
         run.estimation_bias = estimation_bias(args, run, agent, evaluation_env, normalize, device)
-    if checkpoint:
-        run.load_checkpoint(checkpoint)
-    elif offline:
-        for name, part in agent.offline_parts.items():
-            part.load_state_dict(offline["parts"][name])
-            if isinstance(part, torch.optim.Adam):  # the file may come from another device
-                part.param_groups[0]["capturable"] = device.type == "cuda"
-        run.phase, run.step = "offline", args.offline_steps
-        run.evals, run.gradient_steps, run.seconds = (offline[key] for key in ("evals", "gradient_steps", "seconds"))
+    try:
+        if checkpoint:
+            run.load_checkpoint(checkpoint)
+        elif offline:
+            for name, part in agent.offline_parts.items():
+                part.load_state_dict(offline["parts"][name])
+                if isinstance(part, torch.optim.Adam):  # the file may come from another device
+                    part.param_groups[0]["capturable"] = device.type == "cuda"
+            run.phase, run.step = "offline", args.offline_steps
+            for name in ("evals", "gradient_steps", "seconds"):
+                setattr(run, name, offline[name])
+    except (KeyError, RuntimeError, ValueError) as error:
+        what = f"{'the checkpoint' if checkpoint else '--offline-from'} is of another version of {PROGRAM}"
+        advice = "take that version (git_commit in its args.json), or start a new run in another --run-dir"
+        raise bad_input(f"{what} ({brief(error)}): {advice}") from None
     del checkpoint, offline
     run.open()
 

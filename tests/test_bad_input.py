@@ -213,6 +213,20 @@ def test_damaged_checkpoint(refused, pendulum_file, tmp_path, damage, capsys):
     assert (tmp_path / "run" / "evals.csv").read_bytes() == evals
 
 
+def test_files_of_another_version_of_the_script(refused, pendulum_file, tmp_path, capsys):
+    folder, data = tmp_path / "old", str(pendulum_file)
+    td3_opt.train(Args(**TINY, dataset=data, run_dir=str(folder)))
+    capsys.readouterr()
+    offline = torch.load(folder / "offline.pt", weights_only=True)
+    network = offline["parts"]["q_off"]
+    offline["parts"]["q_off"] = {f"old.{name}": values for name, values in network.items()}
+    torch.save(offline, folder / "offline.pt")
+    refused("--offline-from is of another version", "--run-dir", dataset=data, offline_from=str(folder))
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    torch.save(checkpoint | {"phase": "offline", "parts": offline["parts"]}, folder / "checkpoint.pt")
+    refused("the checkpoint is of another version", "--run-dir", dataset=data, run_dir=str(folder), resume=True)
+
+
 def test_half_written_minari_dataset(refused, tmp_path, monkeypatch):
     """Half of a dataset: the metadata is there, the data file is cut off."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "store"))
