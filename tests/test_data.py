@@ -176,11 +176,10 @@ def test_minari_dataset_is_read_once_and_read_anew_when_it_changes(tmp_path, mon
     for key in td3_opt.Dataset._fields:
         np.testing.assert_array_equal(getattr(first, key), columns[key].astype(np.float32))
     assert td3_opt.cache_path("minari--test/pendulum-v0").exists()
-    monkeypatch.setattr(td3_opt.minari, "load_dataset", lambda *_: pytest.fail("the flat copy was not used"))
-    second = td3_opt.load_dataset("InvertedPendulum-v5", "test/pendulum-v0", progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(td3_opt.minari, "load_dataset", lambda *_: pytest.fail("the flat copy was not used"))
+        second = td3_opt.load_dataset("InvertedPendulum-v5", "test/pendulum-v0", progress=False)
     np.testing.assert_array_equal(first.observations, second.observations)
-    monkeypatch.undo()
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "store"))
     minari.delete_dataset("test/pendulum-v0")
     collect_minari("test/pendulum-v0", gym.make("InvertedPendulum-v5"), steps=200)
     assert len(td3_opt.load_dataset("InvertedPendulum-v5", "test/pendulum-v0", progress=False).rewards) == 200
