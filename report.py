@@ -248,7 +248,8 @@ def read_run(folder: Path, notes: list[str]) -> Run | None:
         if args["opt"] and name in args and args[name] != value or name == "opt" and args["opt"] != value:
             notes.append(f"{folder}: named {args['exp_name']}, but its args.json says {name} = {args[name]}")
     run = Run(folder, args, read_csv(folder / "evals.csv", EVALS, notes), [])
-    for row in read_csv(folder / "speed.csv", SPEED, notes):
+    speed = folder / "speed.csv"  # only the speed table needs it: kept runs may be args.json and evals.csv alone
+    for row in read_csv(speed, SPEED, notes) if speed.exists() else []:
         try:
             finite = all(math.isfinite(float(row[key])) for key in ("seconds", "gradient_steps_per_second"))
         except ValueError:
@@ -256,7 +257,7 @@ def read_run(folder: Path, notes: list[str]) -> Run | None:
         if finite:
             run.speed.append(row)
         else:
-            notes.append(f"{folder / 'speed.csv'}: phase {row['phase']} is not finite, left out")
+            notes.append(f"{speed}: phase {row['phase']} is not finite, left out")
     whole = []
     for row in run.evals:
         try:

@@ -197,7 +197,6 @@ def test_broken_minari_datasets_are_refused_before_they_are_kept(tmp_path, monke
     vectors = dataclasses.replace(episodes[1], observations=episodes[1].observations["observation"])
     refused([vectors], "no AntMaze dataset", "antmaze-umaze-v2")
     refused(episodes, "dict observations", env_id="pen-cloned-v1")
-    monkeypatch.undo()
 
 
 def test_a_damaged_flat_copy_is_made_anew_or_named(tmp_path, monkeypatch, capsys):

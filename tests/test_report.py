@@ -298,7 +298,8 @@ def test_speed_of_a_vae_counts_as_offline_and_a_run_without_speed_does_not_count
     write_run(tmp_path / "runs", "spot", "antmaze-umaze-v2", 1, [1, 2]).joinpath("speed.csv").unlink()
     with open(folder / "speed.csv", "a") as file:
         file.write("vae,1000,0,3600,0.28\n")
-    make(tmp_path / "runs", tmp_path / "out")
+    text, *_ = make(tmp_path / "runs", tmp_path / "out")
+    assert text.endswith("to be looked at\n\n- nothing\n")
     (row,) = csv_rows(tmp_path / "out" / "speed.csv")
     assert row["runs"] == "1" and float(row["offline_hours"]) == pytest.approx(1 + 100 / 3600, abs=1e-4)
     assert float(row["online_hours"]) == pytest.approx(800 / 3600, abs=1e-4)
