@@ -4,8 +4,8 @@ usage: python algorithms/iql_opt.py --env-id hopper-medium-v2            IQL off
        python algorithms/iql_opt.py --env-id hopper-medium-v2 --no-opt   the vanilla backbone: IQL offline and online
 
 Equation, table and section numbers are those of the OPT paper. The backbone is IQL (Kostrikov et al. 2022) with the
-hyperparameters and the order of updates of CORL's finetune/iql.py; balanced replay is that of Off2On (Lee et al. 2022)
-and its code. A line marked [choice] decides something on which the paper is silent.
+order of updates of CORL's finetune/iql.py; balanced replay is that of Off2On (Lee et al. 2022) and its code. A line
+marked [choice] decides something on which the paper is silent.
 """
 
 import contextlib
@@ -106,7 +106,7 @@ class Args:
     batch_size: int = 256
     """transitions per batch, from each buffer"""
     learning_rate: float = 3e-4
-    """of every Adam optimiser; the policy's follows a cosine from it to 0 over the offline steps"""
+    """of every Adam optimiser; the policy's follows a cosine from it to 0 over the offline steps, online up again"""
     gamma: float = 0.99
     """discount"""
     tau: float = 0.005
@@ -116,7 +116,7 @@ class Args:
     beta: float | None = None
     """inverse temperature of the advantage weights; None: 3, on AntMaze 10. MuJoCo's rewards are rescaled for it"""
     dropout: float | None = None
-    """dropout of the policy's hidden layers in its updates; None: 0, on Adroit 0.1"""
+    """dropout of the policy's hidden layers, but for evaluation; None: 0, on Adroit 0.1"""
 
     # The run
     eval_freq: int | None = None
@@ -692,8 +692,8 @@ def check_dataset(dataset: Dataset, env: gym.Env, args: Args) -> None:
 def reward_transform(env_id: str, dataset: Dataset) -> tuple[float, float]:
     """Scale and shift of the rewards that the agent trains on, offline and online; scores count the task's own.
 
-    MuJoCo: 1000 / (return of the best episode of the data - that of the worst), as in IQL's paper and code, to which
-    beta belongs; so too CORL's normalize_reward [choice]. Rows of one episode follow each other.
+    MuJoCo: 1000 / (return of the best episode of the data - that of the worst), as in IQL's paper, to whose rewards
+    beta belongs; online too, as with CORL's normalize_reward [choice]. Rows of one episode follow each other.
     """
     if env_id in ANTMAZE_TASKS:  # -1 a step until the goal is reached
         return 1.0, -1.0
@@ -1071,7 +1071,7 @@ def meta_adaptation_loss(
 
 
 def value(critic: nn.Module, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-    """The value that the advantage takes from an ensemble: the least of its critics', [B]."""
+    """The value of an ensemble whose bias is measured: the least of its critics', [B]."""
     return critic(observations, actions).amin(0)
 
 
@@ -1089,7 +1089,7 @@ def advantage_weights(
 def policy_learning_rate(step: int, offline_steps: int, learning_rate: float) -> float:
     """The policy's learning rate at its update `step`: a cosine to 0 over the offline steps.
 
-    Online it goes on, and so up again from 0 [choice: CORL's schedule does; the paper says nothing].
+    Online it goes on, and so up again from 0 [choice: so in CORL; IQL's own code has none when it fine-tunes].
     """
     return learning_rate * (1 + math.cos(math.pi * step / offline_steps)) / 2 if offline_steps else learning_rate
 
@@ -1530,6 +1530,7 @@ def estimation_bias(
         for name, part in reference.parts().items():
             if isinstance(part, nn.Module):
                 part.load_state_dict(model[name])
+        scale = run.data["reward_scale"] / model["reward_scale"]  # of its values to this run's unit of reward
     except (TypeError, KeyError, RuntimeError) as error:
         raise bad_input(f"{args.reference_model} is no model of {PROGRAM} ({brief(error)}): {advice}") from None
     states = np.stack([env.reset(seed=2_000_000 + pair)[0] for pair in range(10)]).astype(np.float32)
@@ -1537,7 +1538,7 @@ def estimation_bias(
     others = ((torch.from_numpy(states) - model["observation_mean"]) / model["observation_std"]).to(device)
     with torch.no_grad():
         actions = reference.actor(others)
-        truth = value(reference.q_on if hasattr(reference, "q_on") else reference.q_off, others, actions)
+        truth = scale * value(reference.q_on if hasattr(reference, "q_on") else reference.q_off, others, actions)
 
     @torch.no_grad()
     def rows() -> list[list[str]]:
@@ -1734,10 +1735,10 @@ def offline_pretrain(args: Args, run: Run, agent: Agent, buffer: ReplayBuffer) -
 
 @torch.no_grad()
 def explore(args: Args, policy: Policy, observation: np.ndarray) -> np.ndarray:
-    """An action sampled from the policy, clipped to [-1, 1]; without dropout [choice]."""
-    action = torch.from_numpy(policy(observation))
-    noise = policy.actor.clamped_log_std().exp() * torch.randn(action.shape)
-    return (action + noise).clamp(-1, 1).numpy()
+    """An action sampled from the policy, clipped to [-1, 1]; CORL's policy acts with its dropout."""
+    mean = policy.actor(torch.from_numpy(observation).unsqueeze(0), args.dropout).squeeze(0)
+    noise = policy.actor.clamped_log_std().exp() * torch.randn(mean.shape)
+    return (mean + noise).clamp(-1, 1).numpy()
 
 
 def collect(args: Args, run: Run, collector: Collector, policy: Policy) -> None:
@@ -1881,11 +1882,12 @@ def train(args: Args) -> float:
         "crc32": zlib.crc32(buffer.rows[: buffer.n_offline].cpu().numpy()),
         "observation_mean": torch.from_numpy(mean),
         "observation_std": torch.from_numpy(std),
+        "reward_scale": scale,
     }
     del dataset
     for other, what in ((checkpoint, "the checkpoint"), (offline, "--offline-from")):
         if other and not all(
-            torch.equal(torch.as_tensor(data[key]), torch.as_tensor(other["data"][key])) for key in data
+            torch.equal(torch.as_tensor(data[key]), torch.as_tensor(other["data"].get(key, math.nan))) for key in data
         ):
             raise bad_input(f"{what} was made with other data for {args.env_id}: give it the same --dataset")
 

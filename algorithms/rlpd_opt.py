@@ -1545,6 +1545,7 @@ def estimation_bias(
         for name, part in reference.parts().items():
             if isinstance(part, nn.Module):
                 part.load_state_dict(model[name])
+        scale = run.data["reward_scale"] / model["reward_scale"]  # of its values to this run's unit of reward
     except (TypeError, KeyError, RuntimeError) as error:
         raise bad_input(f"{args.reference_model} is no model of {PROGRAM} ({brief(error)}): {advice}") from None
     states = np.stack([env.reset(seed=2_000_000 + pair)[0] for pair in range(10)]).astype(np.float32)
@@ -1552,7 +1553,7 @@ def estimation_bias(
     others = ((torch.from_numpy(states) - model["observation_mean"]) / model["observation_std"]).to(device)
     with torch.no_grad():
         actions = reference.actor(others)
-        truth = value(reference.q_on if hasattr(reference, "q_on") else reference.q_off, others, actions)
+        truth = scale * value(reference.q_on if hasattr(reference, "q_on") else reference.q_off, others, actions)
 
     @torch.no_grad()
     def rows() -> list[list[str]]:
@@ -1899,11 +1900,12 @@ def train(args: Args) -> float:
         "crc32": zlib.crc32(buffer.rows[: buffer.n_offline].cpu().numpy()),
         "observation_mean": torch.from_numpy(mean),
         "observation_std": torch.from_numpy(std),
+        "reward_scale": scale,
     }
     del dataset
     for other, what in ((checkpoint, "the checkpoint"), (offline, "--offline-from")):
         if other and not all(
-            torch.equal(torch.as_tensor(data[key]), torch.as_tensor(other["data"][key])) for key in data
+            torch.equal(torch.as_tensor(data[key]), torch.as_tensor(other["data"].get(key, math.nan))) for key in data
         ):
             raise bad_input(f"{what} was made with other data for {args.env_id}: give it the same --dataset")
 

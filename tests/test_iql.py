@@ -1,6 +1,7 @@
 """IQL+OPT: its equations against computations of another kind, and whole runs."""
 
 import copy
+import csv
 import math
 import signal
 from pathlib import Path
@@ -127,13 +128,30 @@ def test_exploration_samples_the_policy_and_clips():
     actor.layers[2].bias.data = torch.tensor([0.0, 1.2])
     policy, observation = iql_opt.Policy(actor), np.zeros(3, np.float32)
     torch.manual_seed(0)
-    samples = np.array([iql_opt.explore(Args(), policy, observation) for _ in range(4_000)])
+    samples = np.array([iql_opt.explore(Args(dropout=0.0), policy, observation) for _ in range(4_000)])
     assert samples.dtype == np.float32 and samples.shape == (4_000, 2) and np.abs(samples).max() == 1
     clipped = scipy.stats.norm(np.tanh(1.2), 0.4).sf(1)
     assert (samples[:, 1] == 1).mean() == pytest.approx(clipped, abs=0.03)
     inside = samples[:, 0][np.abs(samples[:, 0]) < 1]
     cut = scipy.stats.truncnorm(-2.5, 2.5, scale=0.4)
     assert scipy.stats.kstest(inside, cut.cdf).pvalue > 0.01
+
+
+def test_exploration_has_the_dropout_of_the_updates_and_evaluation_has_none():
+    """CORL's policy is in training mode online. With all units on the mean is tanh 1; with half of them it swings."""
+    actor, observation = Actor(3, 1), np.zeros(3, np.float32)
+    torch.nn.init.constant_(actor.log_std, -20.0)
+    for layer, bias in zip(actor.layers, (1.0, 0.0, 0.0), strict=True):
+        torch.nn.init.constant_(layer.weight, 1 / 256)
+        torch.nn.init.constant_(layer.bias, bias)
+    policy = iql_opt.Policy(actor)
+    torch.manual_seed(0)
+    for dropout in (0.0, 0.5):
+        actions = np.arctanh([iql_opt.explore(Args(dropout=dropout), policy, observation)[0] for _ in range(2_000)])
+        # A hidden layer is a mean of 256 numbers that dropout makes 0 or 2: variance 1/256 each
+        assert actions.mean() == pytest.approx(1, abs=0.01)
+        assert actions.std() == pytest.approx(math.sqrt(2 / 256) if dropout else 0, abs=0.01)
+        assert float(np.arctanh(policy(observation)[0])) == pytest.approx(1, abs=1e-5)
 
 
 def test_the_cosine_of_the_learning_rate():
@@ -181,10 +199,11 @@ def test_targets_of_each_pair(double):
             torch.testing.assert_close(mine[i], plain)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("names, kappa", [(("off",), 0.0), (("off", "on"), 0.3), (("on",), 1.0)])
-def test_an_update_is_ten_lines_of_plain_iql(double, names, kappa):
+def test_an_update_is_ten_lines_of_plain_iql(double, names, kappa, dropout):
     """Five updates, against a network a module, an optimiser a network and CORL's order: V, Q, target, policy."""
-    args = Args(expectile=0.8, beta=2.0, dropout=0.0, learning_rate=1e-3, tau=0.01, gamma=0.9)
+    args = Args(expectile=0.8, beta=2.0, dropout=dropout, learning_rate=1e-3, tau=0.01, gamma=0.9)
     agent = Agent(args, 3, 2, torch.device("cpu"))
     plain = copy.deepcopy({name: part for name, part in agent.parts().items() if isinstance(part, torch.nn.Module)})
     adam = {name: torch.optim.Adam(plain[name].parameters(), 1e-3, fused=False) for name in plain}
@@ -195,8 +214,9 @@ def test_an_update_is_ten_lines_of_plain_iql(double, names, kappa):
         loss.backward()
         adam[name].step()
 
-    for _ in range(5):
+    for seed in range(5):
         data = batch()
+        torch.manual_seed(seed)  # of the dropout
         step(data, torch.tensor(kappa))
         advantage = 0
         for name, weight in zip(names, (1 - kappa, kappa) if len(names) == 2 else (1,), strict=True):
@@ -209,7 +229,11 @@ def test_an_update_is_ten_lines_of_plain_iql(double, names, kappa):
             descend(f"q_{name}", ((q1 - y) ** 2).mean() + ((q2 - y) ** 2).mean())
             for t, p in zip(q_target.parameters(), q.parameters(), strict=True):
                 t.data.copy_(0.99 * t.data + 0.01 * p.data)
-        policy = torch.distributions.Normal(plain["actor"](data.observations), plain["actor"].log_std.exp())
+        torch.manual_seed(seed)
+        layers, x = plain["actor"].layers, data.observations
+        for layer in layers[:2]:
+            x = torch.nn.functional.dropout(torch.relu(layer(x)), dropout)
+        policy = torch.distributions.Normal(torch.tanh(layers[2](x)), plain["actor"].log_std.exp())
         weights = torch.clamp(torch.exp(2 * advantage), max=100)
         descend("actor", -(weights * policy.log_prob(data.actions).sum(1)).mean())
     for name, network in plain.items():
@@ -268,6 +292,7 @@ def test_the_papers_values_of_each_domain(env_id, expectile, beta, dropout, kapp
     args = iql_opt.resolve(Args(env_id=env_id))
     assert (args.expectile, args.beta, args.dropout, args.kappa_init) == (expectile, beta, dropout, kappa)
     assert (args.utd, args.replay, args.exp_name) == (1, "balanced", "iql_opt")
+    assert (args.learning_rate, args.gamma, args.tau, args.batch_size) == (3e-4, 0.99, 0.005, 256)
     vanilla = iql_opt.resolve(Args(env_id=env_id, opt=False, expectile=0.6, beta=1.0, dropout=0.3))
     assert (vanilla.expectile, vanilla.beta, vanilla.dropout) == (0.6, 1.0, 0.3)  # what is given stays
     assert (vanilla.replay, vanilla.exp_name) == ("uniform", "iql")
@@ -315,12 +340,38 @@ def test_rescaled_rewards_are_stored_offline_and_online_and_scores_are_not_of_th
     arguments = TINY | dict(env_id="hopper-medium-v2", offline_steps=2, online_steps=12, opt=False)
     data = write_file(tmp_path / "data.hdf5", columns)
     iql_opt.train(Args(**arguments, dataset=str(data), run_dir=str(tmp_path / "run")))
+    observations = columns["observations"]
+    normalised = (observations - observations.mean(0)) / (observations.std(0) + 1e-3)
+    np.testing.assert_allclose(buffers[0][torch.arange(400)].observations, normalised, rtol=1e-3, atol=1e-4)
     stored = buffers[0][torch.arange(400 + 12)].rewards.numpy()
     np.testing.assert_allclose(stored[:400], scale * columns["rewards"], rtol=1e-5)
     np.testing.assert_allclose(stored[400:], scale * np.array(online), rtol=1e-5)
     last = rows(tmp_path / "run")[-1]
     assert 0 < float(last["return_mean"]) < 4 * float(last["length_mean"])  # some 1 a step, not some hundreds
     assert scale > 5
+
+
+def test_the_estimation_bias_is_in_the_runs_own_unit_of_reward(tmp_path, home, monkeypatch):
+    """The same data with rewards four times as large: the agent is the same, its unit a quarter of the reference's."""
+    monkeypatch.setenv("HOME", str(home))
+    columns = roll_out(gym.make("Hopper-v5"), 400, 0)
+    arguments = TINY | dict(env_id="hopper-medium-v2", offline_steps=3, online_steps=0, opt=False)
+    for name, factor in (("reference", 1), ("run", 4)):
+        data = write_file(tmp_path / f"{name}.hdf5", columns | {"rewards": factor * columns["rewards"]})
+        iql_opt.train(Args(**arguments, dataset=str(data), run_dir=str(tmp_path / name)))
+        arguments["reference_model"] = str(tmp_path / "reference" / "model.pt")
+    assert same_weights(tmp_path / "reference", tmp_path / "run")
+    model = torch.load(tmp_path / "run" / "model.pt", weights_only=True)
+    q, actor = Critic(11, 3), Actor(11, 3)
+    q.load_state_dict(model["q_off"])
+    actor.load_state_dict(model["actor"])
+    states = np.stack([gym.make("Hopper-v5").reset(seed=2_000_000 + pair)[0] for pair in range(10)])
+    states = ((torch.from_numpy(states) - model["observation_mean"]) / model["observation_std"]).float()
+    expected = 0.75 * q(states, actor(states)).amin(0)
+    with open(tmp_path / "run" / "bias.csv") as file:
+        last = list(csv.DictReader(file))[-10:]
+    assert [float(row["q_off_bias"]) for row in last] == pytest.approx(expected.tolist(), abs=1e-3)
+    assert expected.abs().min() > 0.01
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -464,6 +515,32 @@ def test_one_step_of_online_pretraining_is_the_loss_it_is_said_to_be(watched, ar
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item())
 
 
+def test_online_pretraining_bootstraps_from_the_target_critic(watched, monkeypatch):
+    """Before each step the target is 0.7 of what it was and 0.3 of the critic; V's is V as it is."""
+    targets, critics = [], []
+    value_targets, minimize = iql_opt.value_targets, iql_opt.minimize
+
+    def watch_targets(q_target, v, data, gamma):
+        targets.append(copy.deepcopy((q_target.state_dict(), v.state_dict())))
+        return value_targets(q_target, v, data, gamma)
+
+    def watch_minimize(loss, optimizer):
+        minimize(loss, optimizer)
+        critics.append([parameter.detach().clone() for parameter in optimizer.param_groups[0]["params"]])
+
+    monkeypatch.setattr(iql_opt, "value_targets", watch_targets)
+    monkeypatch.setattr(iql_opt, "minimize", watch_minimize)
+    states = watched(offline_steps=0, n_pretrain=4, online_steps=21, tau=0.3)
+    expected = list(states["online_pretrain"]["q_on_target"].values())
+    for step in range(4):
+        q_target, v = (list(state.values()) for state in targets[step])
+        torch.testing.assert_close(q_target, expected)
+        if step:
+            torch.testing.assert_close(v, critics[step - 1][len(expected) :])
+        expected = [0.7 * old + 0.3 * new for old, new in zip(expected, critics[step], strict=False)]
+    torch.testing.assert_close(list(states["online_finetune"]["q_on_target"].values()), expected)
+
+
 def test_kappa_and_the_learning_rate_of_every_update(watched, monkeypatch):
     """Fine-tuning begins at environment step 20 of 50, and at the learning rate with which the offline phase ended."""
     rates, kappas = [], []
@@ -480,11 +557,11 @@ def test_kappa_and_the_learning_rate_of_every_update(watched, monkeypatch):
         return watched_step
 
     monkeypatch.setattr(iql_opt, "iql_step", watch)
-    watched(kappa_init=0.1, kappa_end=0.9, kappa_decay=40)
-    steps = np.arange(50)
+    watched(kappa_init=0.1, kappa_end=0.9, kappa_decay=40, utd=2)
+    steps = np.arange(20 + 60)
     assert rates == pytest.approx(list(1e-3 * (1 + np.cos(np.pi * steps / 20)) / 2), abs=1e-9)
     assert kappas[:20] == [0] * 20
-    assert kappas[20:] == pytest.approx(list(0.1 + 0.8 * np.minimum(np.arange(20, 50) / 40, 1)), abs=1e-6)
+    assert kappas[20:] == pytest.approx(list(0.1 + 0.8 * np.minimum(np.arange(20, 50).repeat(2) / 40, 1)), abs=1e-6)
 
 
 def balancing(observation: np.ndarray) -> np.ndarray:
