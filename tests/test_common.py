@@ -1,6 +1,8 @@
 """The scripts stand alone, so what they share is in each of them: word for word the same."""
 
 import ast
+import dataclasses
+import importlib
 from pathlib import Path
 
 import pytest
@@ -53,3 +55,41 @@ def test_scripts_import_packages_only():
                 assert node.level == 0
                 imported.add(node.module.split(".")[0])
         assert not imported & {script.stem for script in SCRIPTS} | imported & {"tests", "algorithms", "report"}
+
+
+def words(annotation) -> list[str]:
+    """int | None -> ["int", "None"]"""
+    return getattr(annotation, "__name__", str(annotation)).split(" | ")
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_no_number_may_be_negative(path, capsys):
+    script = importlib.import_module(path.stem)
+    numbers = [field.name for field in dataclasses.fields(script.Args) if {"int", "float"} & set(words(field.type))]
+    assert {"offline_steps", "batch_size", "kappa_end", "meta_lr"} <= set(numbers)
+    for name in numbers:
+        with pytest.raises(SystemExit) as error:
+            script.resolve(script.Args(**{name: -1, "opt": name != "random_steps"}))
+        flag = f"--{name.replace('_', '-')}"
+        assert error.value.code == 2 and capsys.readouterr().err.startswith(f"{path.name}: {flag} is -1: write "), name
+
+
+# What an offline phase is the same with and without, and may so differ between runs that share one.
+ONLINE = {
+    "online_steps", "n_tau", "n_pretrain", "utd", "opt", "kappa_init", "kappa_end", "kappa_decay", "q_on_init", "q_on",
+    "meta_lr", "meta_second_order", "replay", "init_online_fraction", "exploration_noise", "lambda_end",
+    "online_gamma", "random_steps",
+}  # fmt: skip
+RUN = {
+    "device", "eval_freq", "eval_episodes", "exp_name", "run_dir", "offline_from", "checkpoint_freq", "resume",
+    "save_model", "capture_video", "reference_model", "track", "wandb_project_name", "wandb_entity", "progress",
+    "dataset",  # its content is compared
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_a_shared_offline_phase_has_every_argument_that_matters_to_it(path):
+    script = importlib.import_module(path.stem)
+    names = {field.name for field in dataclasses.fields(script.Args)}
+    used_offline = {"utd"} if path.stem == "rlpd_opt" else set()
+    assert set(script.OFFLINE_ARGS) == names - (ONLINE - used_offline) - RUN

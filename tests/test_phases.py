@@ -1,0 +1,228 @@
+"""What the phases of the scripts have in common: how they act, what they sample, and their updates in plain code."""
+
+import copy
+
+import iql_opt
+import numpy as np
+import pytest
+import spot_opt
+import td3_opt
+import torch
+
+TINY = dict(
+    env_id="InvertedPendulum-v5",
+    offline_steps=6,
+    online_steps=36,
+    n_tau=30,
+    n_pretrain=6,
+    utd=2,
+    batch_size=16,
+    eval_freq=0,
+    eval_episodes=1,
+    tau=0.3,
+    progress=False,
+)
+OWN = {
+    td3_opt: dict(learning_rate=1e-3),
+    spot_opt: dict(vae_steps=1, critic_learning_rate=1e-3, actor_learning_rate=1e-3),
+    iql_opt: dict(learning_rate=1e-3),
+}
+scripts = pytest.mark.parametrize("script", OWN, ids=lambda script: script.__name__)
+
+
+@pytest.fixture
+def train(monkeypatch, pendulum_file, tmp_path, home):
+    """Train in this process; returns the arguments and copies of all parts at each phase's start and at the end."""
+    monkeypatch.setenv("HOME", str(home))
+
+    def train(script, **arguments) -> tuple:
+        states, begin = {}, script.Run.begin
+
+        def watch(self, phase):
+            if self.parts:
+                states[phase] = copy.deepcopy({name: part.state_dict() for name, part in self.parts.items()})
+            return begin(self, phase)
+
+        monkeypatch.setattr(script.Run, "begin", watch)
+        args = script.Args(
+            **(TINY | OWN[script] | arguments), dataset=str(pendulum_file), run_dir=str(tmp_path / "run")
+        )
+        script.train(args)
+        return args, states
+
+    return train
+
+
+@scripts
+@pytest.mark.parametrize("arguments", [{}, {"opt": False}], ids=str)
+def test_every_online_action_is_one_of_exploration(script, arguments, train, monkeypatch):
+    explore, taken = script.explore, []
+    monkeypatch.setattr(script, "explore", lambda *given: taken.append(explore(*given)) or taken[-1])
+    _, states = train(script, **arguments)
+    stored = states["done"]["buffer"]["online_rows"]
+    assert len(stored) == 36
+    np.testing.assert_array_equal(stored[:, 4:5], np.array(taken, np.float32))
+
+
+@scripts
+@pytest.mark.parametrize("replay", ["balanced", "online", "symmetric", "uniform"])
+def test_what_fine_tuning_samples(script, replay, train, monkeypatch):
+    """Batches of 16 from 5,000 offline transitions and 30 to 60 online ones."""
+    shares, getitem = [], script.ReplayBuffer.__getitem__
+
+    def watch(self, rows):
+        if self.n_online > 30 and len(rows) == 16:  # fine-tuning's own, not the density ratio's 32
+            shares.append((rows >= self.n_offline).float().mean().item())
+            assert rows.max() < self.n_offline + self.n_online
+        return getitem(self, rows)
+
+    monkeypatch.setattr(script.ReplayBuffer, "__getitem__", watch)
+    _, states = train(script, replay=replay, online_steps=60, utd=1)
+    assert len(shares) == 30
+    if replay == "balanced":
+        assert 0.3 < np.mean(shares[:5]) < 0.7
+        assert states["done"]["balanced"]["tree"]["leaves"].view(-1)[5_000:5_060].all()
+    elif replay == "uniform":
+        assert 0 < np.mean(shares) < 0.04
+    else:
+        assert set(shares) == {1.0 if replay == "online" else 0.5}
+
+
+@pytest.mark.parametrize("script", [td3_opt, spot_opt], ids=lambda script: script.__name__)
+def test_target_policy_smoothing_has_its_noise_in_every_phase(script, train, monkeypatch):
+    given, smoothed_actions = [], script.smoothed_actions
+
+    def watch(actor_target, observations, *noise):
+        given.append(noise)
+        return smoothed_actions(actor_target, observations, *noise)
+
+    monkeypatch.setattr(script, "smoothed_actions", watch)
+    train(script, policy_noise=0.3, noise_clip=0.7)
+    assert given == [(0.3, 0.7)] * (6 + 6 + 12)
+
+
+@pytest.mark.parametrize("script", [td3_opt, spot_opt], ids=lambda script: script.__name__)
+@pytest.mark.parametrize(
+    "arguments", [{}, {"q_on_init": "joint"}, {"q_on_init": "online", "kappa_init": 1.0}, {"q_on": False}], ids=str
+)
+def test_each_phase_is_some_lines_of_plain_td3(script, arguments, train, monkeypatch):
+    """From where a phase began, on the batches that it drew, to where it ended; no smoothing noise, SPOT's lambda 0."""
+    batches, getitem = [], script.ReplayBuffer.__getitem__
+    monkeypatch.setattr(
+        script.ReplayBuffer, "__getitem__", lambda *given: batches.append(getitem(*given)) or batches[-1]
+    )
+    spot = script is spot_opt
+    if arguments.get("q_on", True):
+        arguments = {"kappa_init": 0.2, "kappa_end": 1.0, "kappa_decay": 40} | arguments
+    own = dict(lambda_init=0.0, online_gamma=0.8) if spot else dict(bc_alpha=2.0)
+    args, states = train(script, replay="uniform", policy_noise=0.0, gamma=0.9, meta_lr=0.1, **own, **arguments)
+    batches = iter(batches[1:] if spot else batches)  # the VAE's
+    rate = 1e-3
+    name = "q_on" if args.q_on else "q_off"
+
+    def start(phase):
+        networks = {key: script.Critic(4, 1) if key[0] == "q" else script.Actor(4, 1) for key in KEYS[args.q_on]}
+        for key, network in networks.items():
+            network.load_state_dict(states[phase][key])
+        adams = {key: torch.optim.Adam(networks[key].parameters(), rate) for key in networks if "target" not in key}
+        for key, adam in adams.items():
+            if not (spot and phase == "online_pretrain" and key != "q_on"):  # SPOT's start anew where it goes online
+                adam.load_state_dict(states[phase][f"{key}_optimizer"])
+        return networks, adams
+
+    def descend(adam, loss):
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+
+    def follow(networks, *keys):
+        with torch.no_grad():
+            for key in keys:
+                for old, new in zip(networks[f"{key}_target"].parameters(), networks[key].parameters(), strict=True):
+                    old.copy_(0.7 * old + 0.3 * new)
+
+    def loss(values, target):
+        return ((values[0] - target) ** 2).mean() + ((values[1] - target) ** 2).mean()
+
+    def target_of(networks, key, batch, gamma):
+        with torch.no_grad():
+            q = networks[f"{key}_target"](batch.next_observations, networks["actor_target"](batch.next_observations))
+            return batch.rewards + gamma * (1 - batch.terminals) * torch.minimum(q[0], q[1])
+
+    def end(phase, networks):
+        before, after = states[phase], states[PHASES[PHASES.index(phase) + 1]]
+        for key, network in networks.items():
+            for weight, value in network.state_dict().items():
+                moved = (after[key][weight] - before[key][weight]).norm()
+                assert (value - after[key][weight]).norm() <= 0.01 * moved, (phase, key, weight)
+
+    networks, adams = start("offline")
+    for step in range(1, 7):
+        batch = next(batches)
+        target = target_of(networks, "q_off", batch, 0.9)
+        descend(adams["q_off"], loss(networks["q_off"](batch.observations, batch.actions), target))
+        if step % 2 == 0:
+            actions = networks["actor"](batch.observations)
+            q = networks["q_off"](batch.observations, actions)[0]
+            scale = (1.0 if spot else 2.0) / q.abs().mean().item()
+            cloning = 0.0 if spot else ((actions - batch.actions) ** 2).mean()
+            descend(adams["actor"], cloning - scale * q.mean())
+            follow(networks, "q_off", "actor")
+    end("offline", networks)
+
+    networks, adams = start("online_pretrain")
+    gamma = 0.8 if spot else 0.9
+    for step in range(1, 7):
+        both = next(batches)
+        target, q = target_of(networks, name, both, gamma), networks[name]
+        off, on = slice(0, 16), slice(16, 32)
+        offline_loss, online_loss = (
+            loss(q(both.observations[part], both.actions[part]), target[part]) for part in (off, on)
+        )
+        if args.q_on_init == "meta":
+            inner = torch.autograd.grad(offline_loss, list(q.parameters()), retain_graph=True)
+            adapted = copy.deepcopy(q)
+            for parameter, gradient in zip(adapted.parameters(), inner, strict=True):
+                parameter.data -= 0.1 * gradient
+            online_loss = loss(adapted(both.observations[on], both.actions[on]), target[on])
+            outer = torch.autograd.grad(online_loss, list(adapted.parameters()))
+            for parameter, *gradients in zip(q.parameters(), inner, outer, strict=True):
+                parameter.grad = sum(gradients)
+            adams[name].step()
+        else:
+            descend(adams[name], online_loss + (offline_loss if args.q_on_init == "joint" else 0))
+        if step % 2 == 0:
+            follow(networks, name)
+    end("online_pretrain", networks)
+
+    networks, adams = start("online_finetune")
+    critics = ["q_off", "q_on"] if args.q_on else ["q_off"]
+    if args.q_on and args.kappa_init == 1:
+        critics = ["q_on"]
+    for step in range(12):
+        batch = next(batches)
+        for key in critics:
+            target = target_of(networks, key, batch, gamma)
+            descend(adams[key], loss(networks[key](batch.observations, batch.actions), target))
+        if step % 2 == 1:
+            actions = networks["actor"](batch.observations)
+            q = sum(w * networks[key](batch.observations, actions)[0] for key, w in shares(args, step // 2).items())
+            descend(adams["actor"], -q.mean() / (q.abs().mean().item() if spot else 1))
+            follow(networks, *critics, "actor")
+    end("online_finetune", networks)
+    assert next(batches, None) is None
+
+
+PHASES = ("offline", "collect", "online_pretrain", "online_finetune", "done")
+OFF = ("actor", "actor_target", "q_off", "q_off_target")
+KEYS = {True: (*OFF, "q_on", "q_on_target"), False: OFF}
+
+
+def shares(args, step: int) -> dict[str, float]:
+    """The critics' weights in Eq. 4 at a step of fine-tuning: kappa from 0.2 to 1 over 40 steps, 30 of them before."""
+    if not args.q_on:
+        return {"q_off": 1.0}
+    if args.kappa_init == 1:
+        return {"q_on": 1.0}
+    kappa = 0.2 + 0.8 * (30 + step) / 40
+    return {"q_off": 1 - kappa, "q_on": kappa}
