@@ -24,7 +24,7 @@ TINY = dict(
 )
 OWN = {
     td3_opt: dict(learning_rate=1e-3),
-    spot_opt: dict(vae_steps=1, critic_learning_rate=1e-3, actor_learning_rate=1e-3),
+    spot_opt: dict(vae_steps=1, critic_learning_rate=1e-2, actor_learning_rate=1e-2),  # its networks start near 0
     iql_opt: dict(learning_rate=1e-3),
 }
 scripts = pytest.mark.parametrize("script", OWN, ids=lambda script: script.__name__)
@@ -117,7 +117,7 @@ def test_each_phase_is_some_lines_of_plain_td3(script, arguments, train, monkeyp
     own = dict(lambda_init=0.0, online_gamma=0.8) if spot else dict(bc_alpha=2.0)
     args, states = train(script, replay="uniform", policy_noise=0.0, gamma=0.9, meta_lr=0.1, **own, **arguments)
     batches = iter(batches[1:] if spot else batches)  # the VAE's
-    rate = 1e-3
+    rate = 1e-2 if spot else 1e-3
     name = "q_on" if args.q_on else "q_off"
 
     def start(phase):
