@@ -98,7 +98,7 @@ class Args:
     meta_second_order: bool = False
     """differentiate through the inner step: Eq. 3 to the letter; the default is OEMA's first-order form"""
     replay: Literal["balanced", "online", "symmetric", "uniform"] | None = None
-    """what fine-tuning samples; None: balanced (Off2On) with OPT, uniform over both buffers without"""
+    """what fine-tuning samples; None: balanced (Off2On) with OPT, uniform over both buffers without [choice]"""
     init_online_fraction: float = 0.5
     """share of online samples at the start of balanced replay [choice: Off2On leaves it per task]"""
 
@@ -1827,7 +1827,7 @@ def online_finetune(
         row = collector.step(explore(args, policy, collector.observation))
         if balanced:
             balanced.add(row)
-        if with_q_on:  # Table 15 counts the environment steps of the online phase: the first n_tau are among them
+        if with_q_on:  # Table 15's environment steps are those of the online phase, the first n_tau included [choice]
             run.metrics["kappa"] = kappa_at(run.env_steps, args.kappa_init, args.kappa_end, args.kappa_decay)
             kappa.fill_(run.metrics["kappa"])
         for i in range(step * args.utd, (step + 1) * args.utd):

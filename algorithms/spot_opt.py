@@ -100,7 +100,7 @@ class Args:
     meta_second_order: bool = False
     """differentiate through the inner step: Eq. 3 to the letter; the default is OEMA's first-order form"""
     replay: Literal["balanced", "online", "symmetric", "uniform"] | None = None
-    """what fine-tuning samples; None: balanced (Off2On) with OPT, uniform over both buffers without"""
+    """what fine-tuning samples; None: balanced (Off2On) with OPT, uniform over both buffers without [choice]"""
     init_online_fraction: float = 0.5
     """share of online samples at the start of balanced replay [choice: Off2On leaves it per task]"""
 
@@ -1790,6 +1790,7 @@ def online_pretrain(args: Args, run: Run, agent: Agent, buffer: ReplayBuffer) ->
     def update(update_target: bool) -> dict:
         n = args.batch_size
         batch = buffer[torch.cat([buffer.sample_offline(n), buffer.sample_online(n)])]
+        # The target policy is the offline phase's, held still [choice]
         next_actions = smoothed_actions(agent.actor_target, batch.next_observations, args.policy_noise, args.noise_clip)
         offline_target, online_target = td_target(critic_target, batch, next_actions, args.online_gamma).split(n)
         offline, online = Dataset(*(x[:n] for x in batch)), Dataset(*(x[n:] for x in batch))
@@ -1876,7 +1877,7 @@ def online_finetune(
         row = collector.step(explore(args, policy, collector.observation))
         if balanced:
             balanced.add(row)
-        if with_q_on:  # Table 15 counts the environment steps of the online phase: the first n_tau are among them
+        if with_q_on:  # Table 15's environment steps are those of the online phase, the first n_tau included [choice]
             run.metrics["kappa"] = kappa_at(run.env_steps, args.kappa_init, args.kappa_end, args.kappa_decay)
             kappa.fill_(run.metrics["kappa"])
         run.metrics["lambda"] = lambda_at(run.env_steps, args.lambda_init, args.lambda_end, args.online_steps)

@@ -241,6 +241,38 @@ def test_minari_can_download():
     importlib.import_module("minari.storage.remotes.huggingface")  # Minari's default remote; an extra of its
 
 
+@pytest.mark.parametrize("name", ["td3_opt", "spot_opt", "iql_opt", "rlpd_opt"])
+def test_rewards_that_agents_train_on(name):
+    """r - 1 on AntMaze; Adroit's as they are."""
+    script = importlib.import_module(name)
+    data = script.Dataset(*(np.zeros((2, 1)), np.zeros((2, 1)), np.array([0.0, 1.0]), np.ones((2, 1)), np.zeros(2)))
+    for env_id in script.ANTMAZE_TASKS:
+        assert script.reward_transform(env_id, data) == (1.0, -1.0)
+    for env_id in script.ADROIT_TASKS:
+        assert script.reward_transform(env_id, data) == (1.0, 0.0)
+
+
+def test_success_on_the_last_step_counts_and_early_success_is_kept():
+    class Tries(gym.Env):
+        """Episodes of three steps: success on the last one, on the first one, never."""
+
+        observation_space = action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+        episode = -1
+
+        def reset(self, **_):
+            self.episode, self.steps = self.episode + 1, 0
+            return np.zeros(1, np.float32), {}
+
+        def step(self, action):
+            self.steps += 1
+            success = self.steps == {0: 3, 1: 1}.get(self.episode)
+            return np.zeros(1, np.float32), 0.0, False, self.steps == 3, {"success": success}
+
+    policy = td3_opt.Policy(td3_opt.Actor(1, 1))
+    result = td3_opt.evaluate(policy, Tries(), lambda observation: observation, "antmaze-umaze-v2", 4, 0)
+    assert result["success_rate"] == 0.5 and result["length_mean"] == 3
+
+
 def test_antmaze_trains_on_minus_one_a_step_and_is_scored_by_success(monkeypatch, tmp_path):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "store"))
     collect("D4RL/antmaze/umaze-v1", Walk(), [None] * 4)

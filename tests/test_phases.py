@@ -1,4 +1,4 @@
-"""What the phases of the scripts have in common: how they act, what they sample, and their updates in plain code."""
+"""What the scripts do in their phases: how they act, what they sample, and their updates in plain code."""
 
 import copy
 
@@ -64,6 +64,16 @@ def test_every_online_action_is_one_of_exploration(script, arguments, train, mon
     np.testing.assert_array_equal(stored[:, 4:5], np.array(taken, np.float32))
 
 
+@pytest.mark.parametrize("script, normalised", [(td3_opt, True), (spot_opt, False), (iql_opt, True)])
+def test_whether_states_are_normalised(script, normalised, train, pendulum_columns):
+    args, states = train(script)
+    model = torch.load(f"{args.run_dir}/model.pt", weights_only=True)
+    data = pendulum_columns["observations"].astype(np.float64)
+    mean, std = (data.mean(0), data.std(0) + 1e-3) if normalised else (np.zeros(4), np.ones(4))
+    np.testing.assert_allclose(model["observation_mean"], mean, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(model["observation_std"], std, rtol=1e-4)
+
+
 @scripts
 @pytest.mark.parametrize("replay", ["balanced", "online", "symmetric", "uniform"])
 def test_what_fine_tuning_samples(script, replay, train, monkeypatch):
@@ -103,30 +113,41 @@ def test_target_policy_smoothing_has_its_noise_in_every_phase(script, train, mon
 
 @pytest.mark.parametrize("script", [td3_opt, spot_opt], ids=lambda script: script.__name__)
 @pytest.mark.parametrize(
-    "arguments", [{}, {"q_on_init": "joint"}, {"q_on_init": "online", "kappa_init": 1.0}, {"q_on": False}], ids=str
+    "arguments",
+    [{}, {"q_on_init": "joint"}, {"q_on_init": "online", "kappa_init": 1.0}, {"q_on": False}, {"opt": False}],
+    ids=str,
 )
 def test_each_phase_is_some_lines_of_plain_td3(script, arguments, train, monkeypatch):
-    """From where a phase began, on the batches that it drew, to where it ended; no smoothing noise, SPOT's lambda 0."""
+    """From where a phase began, on the batches that it drew, to where it ended. No smoothing noise."""
     batches, getitem = [], script.ReplayBuffer.__getitem__
     monkeypatch.setattr(
         script.ReplayBuffer, "__getitem__", lambda *given: batches.append(getitem(*given)) or batches[-1]
     )
     spot = script is spot_opt
-    if arguments.get("q_on", True):
+    if "opt" in arguments:
+        arguments = arguments | {"online_steps": 6}
+    elif "q_on" not in arguments:
         arguments = {"kappa_init": 0.2, "kappa_end": 1.0, "kappa_decay": 40} | arguments
-    own = dict(lambda_init=0.0, online_gamma=0.8) if spot else dict(bc_alpha=2.0)
+    own = dict(lambda_init=0.4, lambda_end=0.1, kl_weight=0.7, online_gamma=0.8) if spot else dict(bc_alpha=2.0)
+    if spot:  # the same noise of the VAE's latents in every call, here as there
+        elbo_loss = script.elbo_loss
+        monkeypatch.setattr(script, "elbo_loss", lambda *given: (torch.manual_seed(7), elbo_loss(*given))[1])
     args, states = train(script, replay="uniform", policy_noise=0.0, gamma=0.9, meta_lr=0.1, **own, **arguments)
-    batches = iter(batches[1:] if spot else batches)  # the VAE's
+    batches = iter(batches)
     rate = 1e-2 if spot else 1e-3
     name = "q_on" if args.q_on else "q_off"
 
+    phases = [phase for phase in PHASES if phase in states]
+    with_q_on = args.opt and args.q_on
+    goes_online = "online_pretrain" if args.opt else "online_finetune"
+
     def start(phase):
-        networks = {key: script.Critic(4, 1) if key[0] == "q" else script.Actor(4, 1) for key in KEYS[args.q_on]}
+        networks = {key: script.Critic(4, 1) if key[0] == "q" else script.Actor(4, 1) for key in KEYS[with_q_on]}
         for key, network in networks.items():
             network.load_state_dict(states[phase][key])
         adams = {key: torch.optim.Adam(networks[key].parameters(), rate) for key in networks if "target" not in key}
         for key, adam in adams.items():
-            if not (spot and phase == "online_pretrain" and key != "q_on"):  # SPOT's start anew where it goes online
+            if not (spot and phase == goes_online and key != "q_on"):  # SPOT's start anew where it goes online
                 adam.load_state_dict(states[phase][f"{key}_optimizer"])
         return networks, adams
 
@@ -150,12 +171,24 @@ def test_each_phase_is_some_lines_of_plain_td3(script, arguments, train, monkeyp
             return batch.rewards + gamma * (1 - batch.terminals) * torch.minimum(q[0], q[1])
 
     def end(phase, networks):
-        before, after = states[phase], states[PHASES[PHASES.index(phase) + 1]]
+        before, after = states[phase], states[phases[phases.index(phase) + 1]]
         for key, network in networks.items():
             for weight, value in network.state_dict().items():
                 moved = (after[key][weight] - before[key][weight]).norm()
                 assert (value - after[key][weight]).norm() <= 0.01 * moved, (phase, key, weight)
 
+    def constraint(observations, actions, weight):
+        """SPOT's, of the VAE that its phase has trained."""
+        if not spot:
+            return 0.0
+        return weight * script.elbo_loss(vae, observations, actions, 0.7).mean()
+
+    if spot:
+        vae, batch = script.VAE(4, 1), next(batches)
+        vae.load_state_dict(states["vae"]["vae"])
+        descend(torch.optim.Adam(vae.parameters(), 1e-3), constraint(batch.observations, batch.actions, 1.0))
+        for weight, value in vae.state_dict().items():
+            torch.testing.assert_close(value, states["offline"]["vae"][weight], rtol=0, atol=1e-5)
     networks, adams = start("offline")
     for step in range(1, 7):
         batch = next(batches)
@@ -165,14 +198,15 @@ def test_each_phase_is_some_lines_of_plain_td3(script, arguments, train, monkeyp
             actions = networks["actor"](batch.observations)
             q = networks["q_off"](batch.observations, actions)[0]
             scale = (1.0 if spot else 2.0) / q.abs().mean().item()
-            cloning = 0.0 if spot else ((actions - batch.actions) ** 2).mean()
-            descend(adams["actor"], cloning - scale * q.mean())
+            near = constraint(batch.observations, actions, 0.4) if spot else ((actions - batch.actions) ** 2).mean()
+            descend(adams["actor"], near - scale * q.mean())
             follow(networks, "q_off", "actor")
     end("offline", networks)
 
-    networks, adams = start("online_pretrain")
     gamma = 0.8 if spot else 0.9
-    for step in range(1, 7):
+    if args.opt:
+        networks, adams = start("online_pretrain")
+    for step in range(1, 7) if args.opt else ():
         both = next(batches)
         target, q = target_of(networks, name, both, gamma), networks[name]
         off, on = slice(0, 16), slice(16, 32)
@@ -193,11 +227,12 @@ def test_each_phase_is_some_lines_of_plain_td3(script, arguments, train, monkeyp
             descend(adams[name], online_loss + (offline_loss if args.q_on_init == "joint" else 0))
         if step % 2 == 0:
             follow(networks, name)
-    end("online_pretrain", networks)
+    if args.opt:
+        end("online_pretrain", networks)
 
     networks, adams = start("online_finetune")
-    critics = ["q_off", "q_on"] if args.q_on else ["q_off"]
-    if args.q_on and args.kappa_init == 1:
+    critics = ["q_off", "q_on"] if with_q_on else ["q_off"]
+    if with_q_on and args.kappa_init == 1:
         critics = ["q_on"]
     for step in range(12):
         batch = next(batches)
@@ -207,7 +242,9 @@ def test_each_phase_is_some_lines_of_plain_td3(script, arguments, train, monkeyp
         if step % 2 == 1:
             actions = networks["actor"](batch.observations)
             q = sum(w * networks[key](batch.observations, actions)[0] for key, w in shares(args, step // 2).items())
-            descend(adams["actor"], -q.mean() / (q.abs().mean().item() if spot else 1))
+            cooled = 0.4 * max(0.1, 1 - (args.n_tau * args.opt + step // 2) / args.online_steps)
+            near = constraint(batch.observations, actions, cooled)
+            descend(adams["actor"], near - q.mean() / (q.abs().mean().item() if spot else 1))
             follow(networks, *critics, "actor")
     end("online_finetune", networks)
     assert next(batches, None) is None
@@ -220,7 +257,7 @@ KEYS = {True: (*OFF, "q_on", "q_on_target"), False: OFF}
 
 def shares(args, step: int) -> dict[str, float]:
     """The critics' weights in Eq. 4 at a step of fine-tuning: kappa from 0.2 to 1 over 40 steps, 30 of them before."""
-    if not args.q_on:
+    if not (args.opt and args.q_on):
         return {"q_off": 1.0}
     if args.kappa_init == 1:
         return {"q_on": 1.0}

@@ -399,14 +399,18 @@ def command(pendulum_file, home, tmp_path):
 
 @pytest.mark.parametrize("env_id", ["antmaze-umaze-v2", "pen-cloned-v1"])
 def test_resume_on_goal_tasks(command, tmp_path, monkeypatch, env_id):
-    """Killed in the middle of an episode of the ant and of the hand."""
+    """Killed in every phase, in the last in the middle of an episode of the ant and of the hand."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "store"))
     env = Walk() if "antmaze" in env_id else gym.make("AdroitHandPen-v1", max_episode_steps=20)
     collect(spot_opt.minari_id(env_id), env, [None, None])
     folders = {"MINARI_DATASETS_PATH": str(tmp_path / "store"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     task = f"--env-id={env_id}"
     assert command("whole", task, **folders) == 0
-    assert command("run", task, "--checkpoint-freq=5", kill=("online_finetune", 21), **folders) == -signal.SIGKILL
+    steps = {"vae": 7, "offline": 13, "collect": 17, "online_pretrain": 11, "online_finetune": 21}
+    for kill in steps.items():
+        arguments = (task, "--checkpoint-freq=5", "--resume")
+        assert command("run", *arguments, kill=kill, **folders) == -signal.SIGKILL
+        assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["phase"] == kill[0]
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["parts"]["collector"]["episode_steps"] > 20
     assert command("run", task, "--checkpoint-freq=5", "--resume", **folders) == 0
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
