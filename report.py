@@ -6,7 +6,8 @@ usage: python report.py                 scores, totals, IQM, curves and speed of
 
 A score is the one after the last online step, as in the paper; the row below has the mean of the last five online
 evaluations, which swings less. An interval is 95%, Student's t over seeds. Runs with other numbers of steps stand in
-rows of their own. Whatever could not be used is listed under "Left out, and to be looked at".
+rows of their own. Whatever could not be used is listed under "Left out, and to be looked at". A README.md beside the
+runs, for what numbers do not tell, is put at the report's head.
 """
 
 import argparse
@@ -775,6 +776,8 @@ def report(runs_folder: Path, out: Path) -> str:
     text = "# Report\n\nMean ± 95% interval over seeds (number of seeds), after the last online step; "
     text += "the paper's is of 1,000,000 + 300,000 steps.\n"
     text += "IQM: interquartile mean over tasks and seeds [stratified-bootstrap 95% interval] (seeds of each task).\n\n"
+    if (about := runs_folder / "README.md").exists():
+        text += about.read_text().strip() + "\n\n"
     scores, totals = [], []
     out.mkdir(parents=True, exist_ok=True)
     for table in make_tables(runs):

@@ -272,6 +272,12 @@ def test_n_tau_and_rlpd_share_rows_although_their_steps_differ(no_figures, tmp_p
     assert [cell.strip() for cell in row.split("|")][3:-1:2] == ["6.0 (1)", "7.0 (1)", "8.0 (1)"]
 
 
+def test_a_readme_beside_the_runs_heads_the_report(runs, no_figures, tmp_path):
+    (runs / "README.md").write_text("hopper's data is a stand-in\n")
+    text, scores, _ = make(runs, tmp_path / "out")
+    assert text.index("hopper's data is a stand-in") < text.index("## Table 1") and scores
+
+
 def test_runs_that_no_table_has_are_shown_too(no_figures, tmp_path):
     runs = tmp_path / "runs"
     folder = write_run(runs, "my_idea", "InvertedPendulum-v5", 0, [1, 2])
