@@ -619,16 +619,24 @@ def save(figure: plt.Figure, path: Path) -> Path:
 
 
 def draw_curves(table: Table, steps: Steps, path: Path) -> Path:
-    """Learning curves of the online phase: mean and 95% band over seeds."""
+    """Learning curves of the online phase: mean and 95% band over seeds, and a thin line a seed.
+
+    The axis spans the seeds: of few seeds the band can be many times as wide as all scores.
+    """
     columns = table.cells[steps]
     tasks = [task for task in table.tasks if any(task in column for column in columns.values())]
     figure, axes = grid(len(tasks), "environment steps (thousands)")
     handles = {}
     for axis, task in zip(axes, tasks, strict=True):
+        low, high = math.inf, -math.inf
         for style, (variant, column) in zip(STYLES * 9, columns.items(), strict=False):
             if task not in column:
                 continue
             curves = [run.curve() for run in column[task]]
+            for curve in curves:
+                seed_x, seed_y = np.array(sorted(curve.items())).T
+                axis.plot(seed_x / 1000, seed_y, color=style["color"], linewidth=0.5, alpha=0.5)
+                low, high = min(low, seed_y.min()), max(high, seed_y.max())
             x = sorted(set.intersection(*map(set, curves)))
             points = [mean_and_interval([curve[step] for curve in curves]) for step in x]
             mean, band = np.array([m for m, _ in points]), np.array([b or 0 for _, b in points])
@@ -646,10 +654,14 @@ def draw_curves(table: Table, steps: Steps, path: Path) -> Path:
         axis.set_title(task, fontsize=9)
         axis.tick_params(labelsize=8)
         axis.margins(x=0.02)
+        margin = 0.05 * (high - low) or 1
+        axis.set_ylim(low - margin, high + margin)
     end = {label: handle for label, handle in handles.items() if label == "N_tau"}
     handles = {label: handle for label, handle in handles.items() if label != "N_tau"} | end
     figure.supylabel(score_label(table, tasks), fontsize=9)
-    figure.suptitle(f"{table.title}\nsteps {table.label(steps)}; mean and 95% interval over seeds", fontsize=10)
+    figure.suptitle(
+        f"{table.title}\nsteps {table.label(steps)}; mean and 95% interval over seeds, thin: each seed", fontsize=10
+    )
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=2 if len(tasks) < 3 else 3, fontsize=8
     )

@@ -169,6 +169,20 @@ def test_a_nan_in_the_middle_costs_one_point_of_the_curve(no_figures, tmp_path):
     assert left_out(text) == [f"{folder / 'evals.csv'}: no finite score at environment step 150000, left out"]
 
 
+def test_curves_show_each_seed_and_span_the_seeds_alone(monkeypatch, tmp_path):
+    """Two seeds' interval is 12.7 standard errors to each side: it must not set the axis."""
+    figures = {}
+    monkeypatch.setattr(report, "save", lambda figure, path: figures.update({path.name: figure}) or path)
+    for seed, scores in enumerate(([0, 10, 20], [0, 30, 100])):
+        write_run(tmp_path / "runs", "td3", "hopper-random-v2", seed, scores)
+    make(tmp_path / "runs", tmp_path / "out")
+    axis = figures["table1-curves.png"].axes[0]
+    assert [list(line.get_ydata()) for line in axis.lines] == [[0, 10, 20], [0, 30, 100], [0, 20, 60]]  # and their mean
+    assert axis.get_ylim() == (-5, 105)
+    for figure in figures.values():
+        report.plt.close(figure)
+
+
 def test_other_steps_are_other_rows(runs, no_figures, tmp_path):
     for seed in (0, 1):
         write_run(runs, "td3", "hopper-random-v2", seed, [0, 1, 2], offline_steps=500, online_steps=400, n_tau=9)
