@@ -269,6 +269,9 @@ def read_run(folder: Path, notes: list[str]) -> Run | None:
             whole.append(row)
         else:
             notes.append(f"{folder / 'evals.csv'}: no finite score at environment step {row['env_steps']}, left out")
+    if args["online_steps"] == 0:
+        notes.append(f"{folder}: has no online steps, and every score here is one of the online phase, left out")
+        return None
     last = run.evals[-1] if run.evals else {"phase": "start", "env_steps": "0"}
     if (last["phase"], last["env_steps"]) != ("online_finetune", str(args["online_steps"])):
         notes.append(

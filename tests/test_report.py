@@ -137,6 +137,8 @@ def test_what_cannot_be_used_is_named_and_counts_nowhere(runs, no_figures, tmp_p
     (write_run(runs, "td3", env, 5, [1, 2, 3]) / "args.json").write_text('{"env_id": "hopper-random-v2"}')
     (write_run(runs, "td3", env, 6, [1, 2, 3]) / "evals.csv").unlink()
     (write_run(runs, "td3", env, 7, [1, 2, 3]) / "evals.csv").write_text("phase,env_st")
+    offline_only = write_run(runs, "td3", env, 8, [1, 2, 3], online_steps=0)
+    (offline_only / "evals.csv").write_text(EVALS + "offline,0,0,1,10,1,9,,1\noffline,0,1000000,2,20,1,9,,1\n")
     twice = write_run(runs, "td3", "hopper-random-v2", 0, [1, 2, 3], n_tau=7)
     text, *after = make(runs, tmp_path / "after")
     assert after == list(before)
@@ -145,6 +147,7 @@ def test_what_cannot_be_used_is_named_and_counts_nowhere(runs, no_figures, tmp_p
         f"{unfinished}: unfinished (online_finetune, environment step 150000 of 300000)": 1,
         f"{half / 'evals.csv'}, line 4: half-written": 1,
         f"{half}: unfinished": 1,
+        f"{offline_only}: has no online steps": 1,
         f"{uncut / 'evals.csv'}, line 4: half-written": 1,
         f"{uncut}: unfinished": 1,
         "no finite score at environment step 300000": 1,
