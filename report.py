@@ -354,17 +354,19 @@ class Table:
         return steps.label(f"{steps.online - N_TAU:,} + N_tau") if self.name == "ablation-n-tau" else str(steps)
 
     def add_up(self, steps: Steps) -> dict[str, dict]:
-        """Over the tasks that every column with a run has: total of the means, IQM over as many seeds of each task."""
+        """Over the tasks that every column with a run has: total of the means, and IQM over the first seeds of each
+        task, as many as every task has in every column.
+        """
         columns = [column for column in self.cells[steps].values() if column]
         tasks = [task for task in self.tasks if all(task in column for column in columns)]
         if len({run.has_reference for column in columns for task in tasks for run in column[task]}) > 1:
             return {}  # returns and normalised scores do not add up
+        seeds = min((len(column[task]) for column in columns for task in tasks), default=0)
         totals = {}
         for variant, column in self.cells[steps].items():
             if not (column and tasks):
                 continue
             scores = [[run.final_score for run in column[task]] for task in tasks]
-            seeds = min(map(len, scores))
             iqm, low, high = iqm_and_interval(np.array([values[:seeds] for values in scores]).T)
             paper = [self.paper.get((variant, task)) for task in tasks]
             totals[variant] = {
@@ -791,7 +793,8 @@ def report(runs_folder: Path, out: Path) -> str:
         raise bad_input(f"{runs_folder} holds no run: start one first, or write --runs, the folder of your runs")
     text = "# Report\n\nMean ± 95% interval over seeds (number of seeds), after the last online step; "
     text += "the paper's is of 1,000,000 + 300,000 steps.\n"
-    text += "IQM: interquartile mean over tasks and seeds [stratified-bootstrap 95% interval] (seeds of each task).\n\n"
+    text += "IQM: interquartile mean over tasks and seeds [stratified-bootstrap 95% interval] (the first seeds of each "
+    text += "task, as many as every task has in every column).\n\n"
     if (about := runs_folder / "README.md").exists():
         text += about.read_text().strip() + "\n\n"
     scores, totals = [], []

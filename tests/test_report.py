@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,15 @@ def runs(tmp_path) -> Path:
         write_run(runs, "td3_opt", "walker2d-random-v2", seed, [0, 50, score])
     write_run(runs, "td3_opt", "hopper-medium-v2", 0, [0, 50, 112.5])
     return runs
+
+
+def test_columns_iqms_are_over_the_same_number_of_seeds(runs, no_figures, tmp_path):
+    """One run that is missing must not leave its column with its luckier seeds, beside all of another column's."""
+    shutil.rmtree(next(runs.glob("hopper-random-v2__td3_opt__2*")))
+    totals = {row["variant"]: row for row in make(runs, tmp_path / "out")[2]}
+    assert {row["iqm_seeds"] for row in totals.values()} == {"2"}
+    # Seeds 0 and 1: 5 10 10 20 and 80 81 90 100, one cut at each end
+    assert float(totals["td3"]["iqm"]) == pytest.approx(10) and float(totals["td3_opt"]["iqm"]) == pytest.approx(85.5)
 
 
 def test_means_intervals_totals_and_iqm(runs, tmp_path):
