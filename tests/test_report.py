@@ -441,6 +441,18 @@ def test_discounted_returns_by_hand():
     assert discounted_returns([1.0, 2.0, 4.0], 0.5).tolist() == [1 + 0.5 * 2 + 0.25 * 4, 2 + 0.5 * 4, 4]
 
 
+def test_largest_curvature_of_a_quadratic():
+    """x^2 + 3 y^2 - 5 z^2 / 2 has the Hessian's eigenvalues 2, 6 and -5."""
+    sys.path.insert(0, str(ROOT / "results"))
+    from inner_step import largest_curvature
+
+    torch.manual_seed(0)
+    parameters = [torch.tensor([1.0, -2.0], requires_grad=True), torch.tensor(0.5, requires_grad=True)]
+    (x, y), z = parameters
+    gradients = torch.autograd.grad(x**2 + 3 * y**2 - 5 * z**2 / 2, parameters, create_graph=True)
+    assert largest_curvature(gradients, parameters) == pytest.approx(6, abs=1e-3)
+
+
 def test_an_empty_folder_says_so(tmp_path):
     (tmp_path / "runs").mkdir()
     result = run_report(cwd=tmp_path)
