@@ -36,6 +36,8 @@ def largest_curvature(gradients: list[torch.Tensor], parameters: list[torch.Tens
 
 def main(path: Path) -> None:
     saved = torch.load(path, weights_only=True, map_location="cpu")
+    if "actor_target" not in saved.get("parts", {}):
+        sys.exit(f"{path} cannot be trained on: write a run's offline.pt, or its checkpoint.pt while it is under way")
     args, parts = saved["args"], saved["parts"]
     dataset = load_dataset(args["env_id"], args["dataset"])
     mean, std = saved["data"]["observation_mean"], saved["data"]["observation_std"]
