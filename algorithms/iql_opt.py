@@ -118,6 +118,8 @@ class Args:
     """inverse temperature of the advantage weights; None: 3, on AntMaze 10. MuJoCo's rewards are rescaled for it"""
     dropout: float | None = None
     """dropout of the policy's hidden layers, but for evaluation; None: 0, on Adroit 0.1"""
+    normalize_states: bool = True
+    """normalise states by the dataset's mean and std, offline and online (CORL's IQL does)"""
 
     # The run
     eval_freq: int | None = None
@@ -154,7 +156,6 @@ class Args:
 PROGRAM = Path(__file__).name
 ALGORITHM = "iql"
 PHASES = ("start", "offline", "collect", "online_pretrain", "online_finetune", "done")
-NORMALIZE_STATES = True  # CORL
 BOUNDS = {
     "a whole number from 0 to 4294967295": ("seed", lambda x: 0 <= x < 2**32),
     "0 or more": (
@@ -170,6 +171,7 @@ BOUNDS = {
 }
 OFFLINE_ARGS = (  # what offline.pt depends on
     "env_id", "seed", "offline_steps", "batch_size", "learning_rate", "gamma", "tau", "expectile", "beta", "dropout",
+    "normalize_states",
 )  # fmt: skip
 
 
@@ -1870,7 +1872,7 @@ def train(args: Args) -> float:
     env = gym.wrappers.TransformReward(env, lambda reward: scale * reward + shift)
 
     mean, std = np.zeros(dataset.observations.shape[1], np.float32), np.ones(dataset.observations.shape[1], np.float32)
-    if NORMALIZE_STATES:
+    if args.normalize_states:
         mean = dataset.observations.mean(0, dtype=np.float64).astype(np.float32)
         std = dataset.observations.std(0, dtype=np.float64).astype(np.float32) + np.float32(1e-3)
 

@@ -126,6 +126,8 @@ class Args:
     """whether the target counts the policy's entropy; None: yes, on AntMaze and Adroit no (RLPD's README)"""
     hidden_layers: int | None = None
     """hidden layers of 256 in policy and critics; None: 2, on AntMaze and Adroit 3 (RLPD's README)"""
+    normalize_states: bool = False
+    """normalise states by the dataset's mean and std, offline and online (RLPD's code does not)"""
 
     # The run
     eval_freq: int | None = None
@@ -162,7 +164,6 @@ class Args:
 PROGRAM = Path(__file__).name
 ALGORITHM = "rlpd"
 PHASES = ("start", "offline", "collect", "online_pretrain", "online_finetune", "done")
-NORMALIZE_STATES = False  # as RLPD's code
 BOUNDS = {
     "a whole number from 0 to 4294967295": ("seed", lambda x: 0 <= x < 2**32),
     "0 or more": (
@@ -176,7 +177,7 @@ BOUNDS = {
 }
 OFFLINE_ARGS = (  # what offline.pt depends on
     "env_id", "seed", "offline_steps", "batch_size", "learning_rate", "gamma", "tau", "utd", "ensemble_size",
-    "subset_size", "backup_entropy", "hidden_layers",
+    "subset_size", "backup_entropy", "hidden_layers", "normalize_states",
 )  # fmt: skip
 
 
@@ -1888,7 +1889,7 @@ def train(args: Args) -> float:
     env = gym.wrappers.TransformReward(env, lambda reward: scale * reward + shift)
 
     mean, std = np.zeros(dataset.observations.shape[1], np.float32), np.ones(dataset.observations.shape[1], np.float32)
-    if NORMALIZE_STATES:
+    if args.normalize_states:
         mean = dataset.observations.mean(0, dtype=np.float64).astype(np.float32)
         std = dataset.observations.std(0, dtype=np.float64).astype(np.float32) + np.float32(1e-3)
 

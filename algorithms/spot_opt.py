@@ -122,6 +122,8 @@ class Args:
     """least share of lambda_init that cooling leaves online; None: 0.2 on AntMaze, else 0.5"""
     layer_norm: bool | None = None
     """LayerNorm in actor and critics; None: on Adroit"""
+    normalize_states: bool = False
+    """normalise states by the dataset's mean and std, offline and online (CORL's SPOT does not)"""
     gamma: float = 0.99
     """discount offline"""
     online_gamma: float | None = None
@@ -172,7 +174,6 @@ class Args:
 PROGRAM = Path(__file__).name
 ALGORITHM = "spot"
 PHASES = ("start", "vae", "offline", "collect", "online_pretrain", "online_finetune", "done")
-NORMALIZE_STATES = False  # CORL
 BOUNDS = {
     "a whole number from 0 to 4294967295": ("seed", lambda x: 0 <= x < 2**32),
     "0 or more": (
@@ -194,7 +195,7 @@ BOUNDS = {
 OFFLINE_ARGS = (  # what offline.pt depends on
     "env_id", "seed", "vae_steps", "offline_steps", "batch_size", "actor_learning_rate", "critic_learning_rate",
     "vae_learning_rate", "kl_weight", "lambda_init", "layer_norm", "gamma", "tau", "policy_frequency", "policy_noise",
-    "noise_clip",
+    "noise_clip", "normalize_states",
 )  # fmt: skip
 
 # SPOT's lambda on AntMaze; 1 elsewhere
@@ -1921,7 +1922,7 @@ def train(args: Args) -> float:
     env = gym.wrappers.TransformReward(env, lambda reward: scale * reward + shift)
 
     mean, std = np.zeros(dataset.observations.shape[1], np.float32), np.ones(dataset.observations.shape[1], np.float32)
-    if NORMALIZE_STATES:
+    if args.normalize_states:
         mean = dataset.observations.mean(0, dtype=np.float64).astype(np.float32)
         std = dataset.observations.std(0, dtype=np.float64).astype(np.float32) + np.float32(1e-3)
 

@@ -122,6 +122,8 @@ class Args:
     """standard deviation of the noise on online actions"""
     bc_alpha: float = 2.5
     """TD3+BC's trade-off: lambda = bc_alpha / mean|Q|"""
+    normalize_states: bool = True
+    """normalise states by the dataset's mean and std, offline and online (TD3+BC's code; TD3's and OEMA's do not)"""
 
     # The run
     eval_freq: int | None = None
@@ -158,7 +160,6 @@ class Args:
 PROGRAM = Path(__file__).name
 ALGORITHM = "td3"
 PHASES = ("start", "offline", "collect", "online_pretrain", "online_finetune", "done")
-NORMALIZE_STATES = True  # TD3+BC
 BOUNDS = {
     "a whole number from 0 to 4294967295": ("seed", lambda x: 0 <= x < 2**32),
     "0 or more": (
@@ -173,7 +174,7 @@ BOUNDS = {
 }
 OFFLINE_ARGS = (  # what offline.pt depends on
     "env_id", "seed", "offline_steps", "batch_size", "learning_rate", "gamma", "tau", "policy_frequency",
-    "policy_noise", "noise_clip", "bc_alpha",
+    "policy_noise", "noise_clip", "bc_alpha", "normalize_states",
 )  # fmt: skip
 
 
@@ -1782,7 +1783,7 @@ def train(args: Args) -> float:
     env = gym.wrappers.TransformReward(env, lambda reward: scale * reward + shift)
 
     mean, std = np.zeros(dataset.observations.shape[1], np.float32), np.ones(dataset.observations.shape[1], np.float32)
-    if NORMALIZE_STATES:
+    if args.normalize_states:
         mean = dataset.observations.mean(0, dtype=np.float64).astype(np.float32)
         std = dataset.observations.std(0, dtype=np.float64).astype(np.float32) + np.float32(1e-3)
 

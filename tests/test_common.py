@@ -13,7 +13,7 @@ FIRST = ROOT / "algorithms" / "td3_opt.py"
 
 # What an algorithm has of its own. Any other name that two scripts define must mean the same text.
 DIFFERENT = {
-    "Args", "ALGORITHM", "PHASES", "NORMALIZE_STATES", "BOUNDS", "OFFLINE_ARGS", "paper_values", "Actor", "Critic",
+    "Args", "ALGORITHM", "PHASES", "BOUNDS", "OFFLINE_ARGS", "paper_values", "Actor", "Critic",
     "Agent", "explore", "offline_pretrain", "online_pretrain", "online_finetune", "policy_loss", "reward_transform",
     "value",
 }  # fmt: skip
