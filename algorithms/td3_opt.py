@@ -8,6 +8,8 @@ TD3 (Fujimoto et al. 2018) online; balanced replay is that of Off2On (Lee et al.
 [choice] decides something on which the paper is silent.
 """
 
+from __future__ import annotations
+
 import contextlib
 import copy
 import csv
@@ -157,7 +159,6 @@ class Args:
     """show progress bars"""
 
 
-PROGRAM = Path(__file__).name
 ALGORITHM = "td3"
 PHASES = ("start", "offline", "collect", "online_pretrain", "online_finetune", "done")
 BOUNDS = {
@@ -183,15 +184,9 @@ def paper_values(args: Args) -> dict:
     return {"replay": "balanced" if args.opt else "uniform"}
 
 
-def brief(error: BaseException) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-
-
-def bad_input(message: str) -> SystemExit:
-    """Exit status 2 for what the user can mend, with one line that says what is wrong and what to write instead."""
-    print(f"{PROGRAM}: {message}", file=sys.stderr)
-    return SystemExit(2)
+def reward_transform(env_id: str, dataset: Dataset) -> tuple[float, float]:
+    """Scale and shift of the rewards that the agent trains on, offline and online; scores count the task's own."""
+    return 1.0, -1.0 if env_id in ANTMAZE_TASKS else 0.0  # AntMaze: -1 a step until the goal is reached
 
 
 # Table 15: (kappa_init, T_decay in environment steps, kappa_end). The random sets keep kappa at 1.
@@ -255,8 +250,565 @@ def resolve(args: Args) -> Args:
 
 
 # ======================================================================================================================
-# Data
+# Networks
 # ======================================================================================================================
+
+
+class Actor(nn.Module):
+    """pi(s) in [-1, 1]: normalised observations [B, observation_dim] to actions [B, action_dim]."""
+
+    def __init__(self, observation_dim: int, action_dim: int):
+        super().__init__()
+        self.network = nn.Sequential(
+            nn.Linear(observation_dim, 256),
+            nn.ReLU(inplace=True),
+            nn.Linear(256, 256),
+            nn.ReLU(inplace=True),
+            nn.Linear(256, action_dim),
+            nn.Tanh(),
+        )
+
+    def forward(self, observations: torch.Tensor) -> torch.Tensor:
+        return self.network(observations)
+
+
+class EnsembleLinear(nn.Module):
+    """`members` linear layers in one batched call, [members, B, inputs] to [members, B, outputs]; nn.Linear's init.
+
+    [B, inputs] to [B, outputs] is the first member alone.
+    """
+
+    def __init__(self, members: int, inputs: int, outputs: int):
+        super().__init__()
+        bound = 1 / math.sqrt(inputs)
+        self.weight = nn.Parameter(torch.empty(members, inputs, outputs).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(members, 1, outputs).uniform_(-bound, bound))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.weight, self.bias
+        if x.dim() == 2:  # where it is the only one, the backward pass of [0] would fill and copy a gradient in vain
+            weight, bias = (p.squeeze(0) if len(p) == 1 else p[0] for p in (weight, bias))
+        if weight.shape[-1] == 1:  # a dot product a row: several times faster than a product with a one-column matrix
+            return (x * weight.mT).sum(-1, keepdim=True) + bias
+        if x.dim() == 2:  # a batched product uses one thread a member
+            return torch.addmm(bias, x, weight)
+        return torch.baddbmm(bias, x, weight)
+
+
+class Critic(nn.Module):
+    """Twin Q(s,a): observations [B, observation_dim], actions [B, action_dim] to values [2, B]."""
+
+    def __init__(self, observation_dim: int, action_dim: int):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            [
+                EnsembleLinear(2, observation_dim + action_dim, 256),
+                EnsembleLinear(2, 256, 256),
+                EnsembleLinear(2, 256, 1),
+            ]
+        )
+
+    def forward(self, observations: torch.Tensor, actions: torch.Tensor, first_only: bool = False) -> torch.Tensor:
+        """Values of both critics; with `first_only` [1, B], of the first."""
+        x = torch.cat([observations, actions], 1)
+        if not first_only:
+            x = x.expand(2, -1, -1)
+        x = self.layers[0](x).relu_()
+        x = self.layers[1](x).relu_()
+        return self.layers[2](x).view(-1, len(observations))
+
+
+def make_adam(network: nn.Module, learning_rate: float) -> torch.optim.Adam:
+    parameters = list(network.parameters())
+    return torch.optim.Adam(parameters, lr=learning_rate, fused=True, capturable=parameters[0].is_cuda)
+
+
+def minimize(loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """One step of `optimizer` down `loss`; only its own parameters get gradients."""
+    parameters = optimizer.param_groups[0]["params"]
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        parameter.grad = gradient
+    optimizer.step()
+
+
+@torch.no_grad()
+def soft_update(target: nn.Module, source: nn.Module, tau: float) -> None:
+    """target <- (1 - tau) target + tau source."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+
+
+# ======================================================================================================================
+# TD3 and OPT: the equations
+# ======================================================================================================================
+
+
+def kappa_at(step: int, kappa_init: float, kappa_end: float, kappa_decay: int) -> float:
+    """Weight of Q_on at an environment step of the online phase: linear over kappa_decay, then constant (Table 15)."""
+    return kappa_init + (kappa_end - kappa_init) * min(1.0, step / kappa_decay if kappa_decay else 1.0)
+
+
+@torch.no_grad()
+def smoothed_actions(
+    actor_target: nn.Module, observations: torch.Tensor, policy_noise: float, noise_clip: float
+) -> torch.Tensor:
+    """TD3's target policy smoothing: pi'(s) + clip(noise), [B, action_dim]."""
+    actions = actor_target(observations)
+    noise = (torch.randn_like(actions) * policy_noise).clamp(-noise_clip, noise_clip)
+    return (actions + noise).clamp(-1, 1)
+
+
+@torch.no_grad()
+def td_target(q_target: nn.Module, batch: Dataset, next_actions: torch.Tensor, gamma: float) -> torch.Tensor:
+    """The bracket of Eq. 2: r + gamma (1 - terminal) min_i Q'_i(s', a'), [B]."""
+    next_values = q_target(batch.next_observations, next_actions).amin(0)
+    return batch.rewards + gamma * (1 - batch.terminals) * next_values
+
+
+def td_loss(values: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Eq. 2 on values [members, B] and target [B]: mean squared error, summed over the ensemble."""
+    return (values - target).square().mean(1).sum()
+
+
+def meta_adaptation_loss(
+    critic: nn.Module,
+    offline: Dataset,
+    offline_target: torch.Tensor,
+    online: Dataset,
+    online_target: torch.Tensor,
+    meta_lr: float,
+    second_order: bool = False,
+    loss: Callable = td_loss,
+) -> torch.Tensor:
+    """Eq. 3: L_off(psi) + L_on(psi - alpha grad L_off(psi)), where L is loss(critic's values, target).
+
+    First order (OEMA's code): the inner gradient is a constant. Second order: Eq. 3 to the letter. The targets [B] are
+    the target critic's; the adapted parameters are used for L_on's prediction alone.
+    """
+    parameters = dict(critic.named_parameters())
+    offline_loss = loss(critic(offline.observations, offline.actions), offline_target)
+    gradients = torch.autograd.grad(
+        offline_loss, list(parameters.values()), retain_graph=True, create_graph=second_order
+    )
+    adapted = {name: p - meta_lr * g for (name, p), g in zip(parameters.items(), gradients, strict=True)}
+    online_loss = loss(functional_call(critic, adapted, (online.observations, online.actions)), online_target)
+    return offline_loss + online_loss
+
+
+def td3_bc_loss(
+    values: torch.Tensor, policy_actions: torch.Tensor, actions: torch.Tensor, bc_alpha: float
+) -> torch.Tensor:
+    """TD3+BC, values [B], actions [B, action_dim]: -lambda mean Q + mean (pi(s) - a)^2, lambda = bc_alpha / mean|Q|."""
+    return -bc_alpha / values.abs().mean().detach() * values.mean() + F.mse_loss(policy_actions, actions)
+
+
+def value(critic: nn.Module, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    """The value that Eq. 4 takes from an ensemble: its first critic's, [B]."""
+    return critic(observations, actions, first_only=True)[0]
+
+
+def policy_loss(q_off: torch.Tensor | None, q_on: torch.Tensor | None, kappa: torch.Tensor | float) -> torch.Tensor:
+    """Eq. 4 on values [B] of pi(s): -mean[(1 - kappa) Q_off + kappa Q_on]; a Q that never counts may be None."""
+    if q_on is None:
+        return -q_off.mean()
+    if q_off is None:
+        return -q_on.mean()
+    return -((1 - kappa) * q_off + kappa * q_on).mean()
+
+
+# ======================================================================================================================
+# Balanced replay
+# ======================================================================================================================
+
+
+class SumTree:
+    """Draws leaves proportionally to their priorities: two levels, a node the sum of 128 leaves, in float64."""
+
+    WIDTH = 128
+
+    def __init__(self, capacity: int, device: torch.device):
+        nodes = math.ceil(capacity / self.WIDTH)
+        self.leaves = torch.zeros(nodes, self.WIDTH, dtype=torch.float64, device=device)
+        self.nodes = torch.zeros(nodes, dtype=torch.float64, device=device)
+
+    def fill(self, priorities: torch.Tensor) -> None:
+        """Give the first leaves their priorities [n]."""
+        self.leaves.view(-1)[: len(priorities)] = priorities
+        self.nodes.copy_(self.leaves.sum(1))
+
+    def set(self, leaves: torch.Tensor, priorities: torch.Tensor) -> None:
+        """Give leaves [n] new priorities [n]. Sums are taken anew, not adjusted, so that no rounding piles up."""
+        self.leaves.view(-1)[leaves] = priorities.double()
+        nodes = leaves // self.WIDTH
+        self.nodes[nodes] = self.leaves.index_select(0, nodes).sum(1)
+
+    def sample(self, n: int) -> torch.Tensor:
+        """n leaves [n], independently, each with probability priority / total."""
+        # Two draws each, of a node and of a leaf in it; 1e-12: rounding must not lead past the last positive one
+        draws = torch.rand(2, n, dtype=torch.float64, device=self.nodes.device).mul_(1 - 1e-12)
+        ends = self.nodes.cumsum(0)
+        node = torch.searchsorted(ends, draws[0] * ends[-1], right=True)
+        ends = self.leaves.index_select(0, node).cumsum(1)
+        leaf = torch.searchsorted(ends, (draws[1] * ends[:, -1]).unsqueeze(1), right=True).squeeze(1)
+        return node * self.WIDTH + leaf
+
+    def state_dict(self) -> dict:
+        return {"leaves": self.leaves, "nodes": self.nodes}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.leaves.copy_(state["leaves"])
+        self.nodes.copy_(state["nodes"])
+
+
+def density_ratio_loss(offline_ratio: torch.Tensor, online_ratio: torch.Tensor) -> torch.Tensor:
+    """Negative Jensen-Shannon bound, least where w is the density ratio online / offline (Lee et al. 2022)."""
+    return (
+        -torch.log(2 / (offline_ratio + 1) + 1e-10) - torch.log(2 * online_ratio / (online_ratio + 1) + 1e-10)
+    ).mean()
+
+
+class BalancedReplay:
+    """One prioritised buffer over B_off and B_on whose priorities follow the density ratio (Lee et al. 2022)."""
+
+    TEMPERATURE, PRIORITY_MIN, PRIORITY_MAX = 5, 1e-3, 1e3  # Off2On
+
+    def __init__(self, buffer: ReplayBuffer, batch_size: int, device: torch.device):
+        self.buffer, self.batch_size = buffer, batch_size
+        self.tree = SumTree(len(buffer.rows), device)
+        self.ratio = nn.Sequential(
+            nn.Linear(sum(buffer.widths[:2]), 256),
+            nn.ReLU(inplace=True),
+            nn.Linear(256, 256),
+            nn.ReLU(inplace=True),
+            nn.Linear(256, 1),
+            nn.ReLU(),
+        ).to(device)
+        nn.init.ones_(self.ratio[4].bias)
+        self.optimizer = make_adam(self.ratio, 3e-4)
+        self.largest = torch.ones((), dtype=torch.float64, device=device)
+
+    def start(self, online_fraction: float) -> None:
+        """Priority 1 offline; online such that a share `online_fraction` of the first samples is online."""
+        online = self.buffer.n_offline * online_fraction / ((1 - online_fraction) * self.buffer.n_online)
+        sizes = torch.tensor([self.buffer.n_offline, self.buffer.n_online])
+        self.tree.fill(torch.tensor([1.0, online], dtype=torch.float64).repeat_interleave(sizes))
+        self.largest.fill_(max(1.0, online))
+
+    def add(self, row: int) -> None:
+        """A new online transition enters at the largest priority seen."""
+        self.tree.set(torch.tensor([row], device=self.largest.device), self.largest.view(1))
+
+    def density_ratio(self, batch: Dataset) -> torch.Tensor:
+        """w(s,a) >= 0, an estimate of the online density over the offline one, [B]."""
+        return self.ratio(torch.cat([batch.observations, batch.actions], 1)).squeeze(1)
+
+    def update(self, rows: torch.Tensor, batch: Dataset) -> torch.Tensor:
+        """A step of the density ratio on a uniform batch of each buffer, then new priorities for the rows used."""
+        n = self.batch_size
+        uniform = self.buffer[torch.cat([self.buffer.sample_offline(n), self.buffer.sample_online(n)])]
+        offline_ratio, online_ratio = self.density_ratio(uniform).split(n)
+        loss = density_ratio_loss(offline_ratio, online_ratio)
+        minimize(loss, self.optimizer)
+        with torch.no_grad():
+            scale = offline_ratio.pow(1 / self.TEMPERATURE).mean() + 1e-10
+            priorities = self.density_ratio(batch).pow(1 / self.TEMPERATURE) / scale
+            priorities = priorities.clamp(self.PRIORITY_MIN, self.PRIORITY_MAX).double()
+            self.tree.set(rows, priorities)
+            torch.maximum(self.largest, priorities.max(), out=self.largest)
+        return loss.detach()
+
+    def state_dict(self) -> dict:
+        return {
+            "tree": self.tree.state_dict(),
+            "ratio": self.ratio.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "largest": self.largest,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        for name in ("tree", "ratio", "optimizer"):
+            getattr(self, name).load_state_dict(state[name])
+        self.largest.copy_(state["largest"])
+
+
+# ======================================================================================================================
+# The agent and the three phases (Algorithm 1)
+# ======================================================================================================================
+
+
+class Agent:
+    """Networks, targets and optimisers. Q_on has a seed of its own, so that every variant shares one offline phase."""
+
+    def __init__(self, args: Args, observation_dim: int, action_dim: int, device: torch.device):
+        torch.manual_seed(args.seed)
+        self.actor = Actor(observation_dim, action_dim).to(device)
+        self.q_off = Critic(observation_dim, action_dim).to(device)
+        self.actor_target, self.q_off_target = copy.deepcopy(self.actor), copy.deepcopy(self.q_off)
+        self.actor_optimizer = make_adam(self.actor, args.learning_rate)
+        self.q_off_optimizer = make_adam(self.q_off, args.learning_rate)
+        self.offline_parts = dict(vars(self))  # what offline.pt holds
+        if args.opt and args.q_on:
+            torch.manual_seed(args.seed + 1_000)
+            self.q_on = Critic(observation_dim, action_dim).to(device)
+            self.q_on_target = copy.deepcopy(self.q_on)
+            self.q_on_optimizer = make_adam(self.q_on, args.learning_rate)
+
+    def parts(self) -> dict:
+        """Every network and optimiser by name."""
+        return {name: part for name, part in vars(self).items() if name != "offline_parts"}
+
+
+def offline_pretrain(args: Args, run: Run, agent: Agent, buffer: ReplayBuffer) -> None:
+    """Phase 1: TD3+BC on B_off."""
+
+    def update(update_policy: bool) -> dict:
+        batch = buffer[buffer.sample_offline(args.batch_size)]
+        next_actions = smoothed_actions(agent.actor_target, batch.next_observations, args.policy_noise, args.noise_clip)
+        target = td_target(agent.q_off_target, batch, next_actions, args.gamma)
+        values = agent.q_off(batch.observations, batch.actions)
+        q_off_loss = td_loss(values, target)  # Eq. 2
+        minimize(q_off_loss, agent.q_off_optimizer)
+        metrics = {"q_off_loss": q_off_loss.detach(), "q_off_data_mean": values.detach().mean()}
+        if update_policy:
+            actions = agent.actor(batch.observations)
+            values = value(agent.q_off, batch.observations, actions)
+            actor_loss = td3_bc_loss(values, actions, batch.actions, args.bc_alpha)
+            minimize(actor_loss, agent.actor_optimizer)
+            soft_update(agent.q_off_target, agent.q_off, args.tau)
+            soft_update(agent.actor_target, agent.actor, args.tau)
+            metrics |= {"actor_loss": actor_loss.detach(), "q_off_mean": values.detach().mean()}
+        return metrics
+
+    if run.begin("offline"):
+        run.add_evaluation()
+    if run.step < args.offline_steps:
+        update = capture(update, agent.offline_parts, buffer.rows.device)
+    for step in run.steps(args.offline_steps, gradient=1):
+        run.metrics |= update((step + 1) % args.policy_frequency == 0)
+
+
+def explore(args: Args, policy: Policy, observation: np.ndarray) -> np.ndarray:
+    """The policy's action with Gaussian exploration noise, in [-1, 1]."""
+    action = policy(observation)
+    return np.clip(action + args.exploration_noise * torch.randn(action.shape).numpy(), -1, 1)
+
+
+def collect(args: Args, run: Run, collector: Collector, policy: Policy) -> None:
+    """Phase 2, first part: N_tau transitions with pi_off, with the noise of every online action [choice]."""
+    if run.begin("collect"):
+        collector.reset()
+    policy.refresh()
+    for _ in run.steps(args.n_tau, env=1, evaluate="never"):
+        collector.step(explore(args, policy, collector.observation))
+
+
+def online_pretrain(args: Args, run: Run, agent: Agent, buffer: ReplayBuffer) -> None:
+    """Phase 2, second part: N_pretrain gradient steps on Q_on (with --no-q-on, Q_off) alone; all else is frozen."""
+    name = "q_on" if args.q_on else "q_off"
+    critic, critic_target, optimizer = (getattr(agent, name + suffix) for suffix in ("", "_target", "_optimizer"))
+
+    def update(update_target: bool) -> dict:
+        n = args.batch_size
+        batch = buffer[torch.cat([buffer.sample_offline(n), buffer.sample_online(n)])]
+        # The target policy is the offline phase's, held still [choice]
+        next_actions = smoothed_actions(agent.actor_target, batch.next_observations, args.policy_noise, args.noise_clip)
+        offline_target, online_target = td_target(critic_target, batch, next_actions, args.gamma).split(n)
+        offline, online = Dataset(*(x[:n] for x in batch)), Dataset(*(x[n:] for x in batch))
+        if args.q_on_init == "meta":
+            loss = meta_adaptation_loss(
+                critic, offline, offline_target, online, online_target, args.meta_lr, args.meta_second_order
+            )  # Eq. 3
+        else:
+            loss = td_loss(critic(online.observations, online.actions), online_target)
+            if args.q_on_init == "joint":
+                loss = loss + td_loss(critic(offline.observations, offline.actions), offline_target)  # Eq. 10
+        minimize(loss, optimizer)
+        if update_target:
+            soft_update(critic_target, critic, args.tau)
+        return {f"{name}_pretrain_loss": loss.detach()}
+
+    steps = 0 if args.q_on_init == "random" else args.n_pretrain
+    if run.begin("online_pretrain") and not steps:
+        run.add_evaluation()
+    if run.step < steps:
+        parts = {part: getattr(agent, part) for part in (name, f"{name}_target", f"{name}_optimizer")}
+        update = capture(update, parts, buffer.rows.device)
+    for step in run.steps(steps, gradient=1, evaluate="end"):
+        run.metrics |= update((step + 1) % args.policy_frequency == 0)
+
+
+def online_finetune(
+    args: Args,
+    run: Run,
+    agent: Agent,
+    buffer: ReplayBuffer,
+    balanced: BalancedReplay | None,
+    collector: Collector,
+    policy: Policy,
+) -> None:
+    """Phase 3: act, store, utd gradient steps of Eq. 2 (Q_off, Q_on) and Eq. 4 (policy). Vanilla: TD3 on Q_off."""
+    with_q_on = args.opt and args.q_on
+    # With kappa = 1 throughout, Q_off never reaches the policy: it is not updated.
+    with_q_off = not (with_q_on and args.kappa_init == args.kappa_end == 1)
+    kappa = torch.zeros((), device=buffer.rows.device)
+    sample = balanced.tree.sample if balanced else getattr(buffer, f"sample_{args.replay}")
+    critics = [("q_off", agent.q_off, agent.q_off_target, agent.q_off_optimizer)] if with_q_off else []
+    critics += [("q_on", agent.q_on, agent.q_on_target, agent.q_on_optimizer)] if with_q_on else []
+
+    def update(update_policy: bool) -> dict:
+        rows = sample(args.batch_size)
+        batch = buffer[rows]
+        metrics = {"online_share": (rows >= buffer.n_offline).float().mean()}
+        next_actions = smoothed_actions(agent.actor_target, batch.next_observations, args.policy_noise, args.noise_clip)
+        for name, critic, critic_target, optimizer in critics:
+            target = td_target(critic_target, batch, next_actions, args.gamma)
+            critic_loss = td_loss(critic(batch.observations, batch.actions), target)  # Eq. 2, each with its own target
+            minimize(critic_loss, optimizer)
+            metrics[f"{name}_loss"] = critic_loss.detach()
+        if update_policy:
+            actions = agent.actor(batch.observations)
+            values = {name: value(critic, batch.observations, actions) for name, critic, _, _ in critics}
+            actor_loss = policy_loss(values.get("q_off"), values.get("q_on"), kappa)  # Eq. 4
+            minimize(actor_loss, agent.actor_optimizer)
+            for _, critic, critic_target, _ in critics:
+                soft_update(critic_target, critic, args.tau)
+            soft_update(agent.actor_target, agent.actor, args.tau)
+            metrics |= {"actor_loss": actor_loss.detach(), "q_mix_mean": -actor_loss.detach()}
+            metrics |= {f"{name}_mean": q.detach().mean() for name, q in values.items()}
+        if balanced:
+            metrics["density_ratio_loss"] = balanced.update(rows, batch)
+        return metrics
+
+    if run.begin("online_finetune"):
+        if balanced:
+            balanced.start(args.init_online_fraction)
+        if not args.opt:
+            collector.reset()
+    parts = agent.parts() | ({"balanced": balanced, "ratio_optimizer": balanced.optimizer} if balanced else {})
+    update = capture(update, parts, buffer.rows.device)
+    for step in run.steps(args.online_steps - (args.n_tau if args.opt else 0), env=1, gradient=args.utd):
+        policy.refresh()
+        row = collector.step(explore(args, policy, collector.observation))
+        if balanced:
+            balanced.add(row)
+        if with_q_on:  # Table 15's environment steps are those of the online phase, the first n_tau included [choice]
+            run.metrics["kappa"] = kappa_at(run.env_steps, args.kappa_init, args.kappa_end, args.kappa_decay)
+            kappa.fill_(run.metrics["kappa"])
+        for i in range(step * args.utd, (step + 1) * args.utd):
+            run.metrics |= update((i + 1) % args.policy_frequency == 0)
+
+
+def train(args: Args) -> float:
+    """Run all phases; returns the last evaluation's normalised score (mean return where D4RL has no reference)."""
+    args = resolve(args)
+    env, evaluation_env = make_env(args.env_id), make_env(args.env_id)
+    checkpoint = prepare_folder(args)
+    run = Run(args)
+    if checkpoint and checkpoint["phase"] == "done":
+        run.load_checkpoint(checkpoint)
+        print(f"{run.folder} is complete: score {run.last_score():.1f}")
+        return run.last_score()
+    offline = None
+    if args.offline_from and not checkpoint:
+        path = Path(args.offline_from)
+        path = path / "offline.pt" if path.is_dir() else path
+        offline = read_saved(path, "offline.pt", "write another --offline-from, a run's folder or its offline.pt")
+        refuse_differences(offline["args"], args, OFFLINE_ARGS, path, "leave out --offline-from")
+    device = torch.device(args.device)
+    if device.type == "cpu":
+        tune_cpu()
+    dataset = load_dataset(args.env_id, args.dataset, args.progress)
+    check_dataset(dataset, env, args)
+    scale, shift = reward_transform(args.env_id, dataset)
+    dataset = dataset._replace(rewards=scale * dataset.rewards + shift)
+    env = gym.wrappers.TransformReward(env, lambda reward: scale * reward + shift)
+
+    mean, std = np.zeros(dataset.observations.shape[1], np.float32), np.ones(dataset.observations.shape[1], np.float32)
+    if args.normalize_states:
+        mean = dataset.observations.mean(0, dtype=np.float64).astype(np.float32)
+        std = dataset.observations.std(0, dtype=np.float64).astype(np.float32) + np.float32(1e-3)
+
+    def normalize(observations: np.ndarray) -> np.ndarray:
+        """The same numbers offline and online."""
+        return (np.asarray(observations, np.float32) - mean) / std
+
+    if args.capture_video:
+        record_video(args.env_id, run.folder, None, normalize, args.seed)
+    dataset = dataset._replace(
+        observations=normalize(dataset.observations),
+        next_observations=normalize(dataset.next_observations),
+        actions=scale_actions(dataset.actions, evaluation_env),
+    )
+    buffer = ReplayBuffer(dataset, args.online_steps, device)
+    data = {
+        "size": buffer.n_offline,
+        "crc32": zlib.crc32(buffer.rows[: buffer.n_offline].cpu().numpy()),
+        "observation_mean": torch.from_numpy(mean),
+        "observation_std": torch.from_numpy(std),
+        "reward_scale": scale,
+    }
+    del dataset
+    for other, what in ((checkpoint, "the checkpoint"), (offline, "--offline-from")):
+        if other and not all(
+            torch.equal(torch.as_tensor(data[key]), torch.as_tensor(other["data"].get(key, math.nan))) for key in data
+        ):
+            raise bad_input(f"{what} was made with other data for {args.env_id}: give it the same --dataset")
+
+    agent = Agent(args, buffer.widths[0], buffer.widths[1], device)
+    torch.manual_seed(args.seed + 2_000)
+    balanced = BalancedReplay(buffer, args.batch_size, device) if args.replay == "balanced" else None
+    collector, policy = Collector(env, buffer, normalize, args.seed), Policy(agent.actor)
+    run.data = data
+    run.parts = (
+        agent.parts() | {"buffer": buffer, "collector": collector} | ({"balanced": balanced} if balanced else {})
+    )
+    run.evaluate = lambda: evaluate(policy, evaluation_env, normalize, args.env_id, args.eval_episodes, args.seed)
+    if args.reference_model:
+        run.estimation_bias = estimation_bias(args, run, agent, evaluation_env, normalize, device)
+    try:
+        if checkpoint:
+            run.load_checkpoint(checkpoint)
+        elif offline:
+            for name, part in agent.offline_parts.items():
+                part.load_state_dict(offline["parts"][name])
+                if isinstance(part, torch.optim.Adam):  # the file may come from another device
+                    part.param_groups[0]["capturable"] = device.type == "cuda"
+            run.phase, run.step = "offline", args.offline_steps
+            for name in ("evals", "gradient_steps", "seconds"):
+                setattr(run, name, offline[name])
+    except (KeyError, RuntimeError, ValueError) as error:
+        what = f"{'the checkpoint' if checkpoint else '--offline-from'} is of another version of {PROGRAM}"
+        advice = "take that version (git_commit in its args.json), or start a new run in another --run-dir"
+        raise bad_input(f"{what} ({brief(error)}): {advice}") from None
+    del checkpoint, offline
+    run.open()
+
+    if run.pending("offline"):
+        offline_pretrain(args, run, agent, buffer)
+        parts = {name: part.state_dict() for name, part in agent.offline_parts.items()}
+        state = {"kind": "offline.pt", "args": asdict(args), "data": data, "parts": parts}
+        state |= {"evals": run.evals, "gradient_steps": run.gradient_steps, "seconds": run.seconds}
+        write_whole(run.folder / "offline.pt", saved(state))
+    if args.opt and run.pending("collect"):
+        collect(args, run, collector, policy)
+    if args.opt and run.pending("online_pretrain"):
+        online_pretrain(args, run, agent, buffer)
+    if run.pending("online_finetune"):
+        online_finetune(args, run, agent, buffer, balanced, collector, policy)
+
+    if args.save_model:
+        networks = {name: part.state_dict() for name, part in agent.parts().items() if isinstance(part, nn.Module)}
+        model = {"kind": "model.pt", "args": asdict(args), "action_dim": buffer.widths[1], **data, **networks}
+        model["states"] = buffer.some_states()  # for report.py tsne
+        write_whole(run.folder / "model.pt", saved(model))
+    if args.capture_video:
+        record_video(args.env_id, run.folder, policy, normalize, args.seed)
+    run.finish()
+    return run.last_score()
+
+
+########################################################################################################################
+# The same text in every script from here on
+########################################################################################################################
 
 
 class Dataset(NamedTuple):
@@ -267,6 +819,133 @@ class Dataset(NamedTuple):
     rewards: np.ndarray | torch.Tensor  # [N]
     next_observations: np.ndarray | torch.Tensor  # [N, observation_dim]
     terminals: np.ndarray | torch.Tensor  # [N], 1 where the episode ended by itself, else 0
+
+
+class ReplayBuffer:
+    """B_off and B_on in one table on the training device, a row a transition: offline ones, a ring of online ones."""
+
+    def __init__(self, dataset: Dataset, online_capacity: int, device: torch.device):
+        observation_dim, action_dim = dataset.observations.shape[1], dataset.actions.shape[1]
+        self.widths = [observation_dim, action_dim, 1, observation_dim, 1]
+        self.n_offline, self.online_capacity, self.n_online, self.added = len(dataset.rewards), online_capacity, 0, 0
+        self.rows = torch.zeros(self.n_offline + online_capacity, sum(self.widths), device=device)
+        for column, values in zip(self.rows[: self.n_offline].split(self.widths, 1), dataset, strict=True):
+            column.copy_(torch.from_numpy(values).view(self.n_offline, -1))
+        # On the device, so that a CUDA graph sees it grow
+        self.online_size = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, *transition) -> int:
+        """Store one online transition (the fields of Dataset) over the oldest; returns its row."""
+        row = self.n_offline + self.added % self.online_capacity
+        self.rows[row].copy_(torch.from_numpy(np.hstack(transition).astype(np.float32)))
+        self.added += 1
+        self.n_online = min(self.added, self.online_capacity)
+        self.online_size.fill_(self.n_online)
+        return row
+
+    def __getitem__(self, rows: torch.Tensor) -> Dataset:
+        observations, actions, rewards, next_observations, terminals = self.rows.index_select(0, rows).split(
+            self.widths, 1
+        )
+        return Dataset(observations, actions, rewards.squeeze(1), next_observations, terminals.squeeze(1))
+
+    def sample_offline(self, n: int) -> torch.Tensor:
+        """n rows of B_off, uniformly, with replacement."""
+        return torch.randint(self.n_offline, (n,), device=self.rows.device)
+
+    def sample_online(self, n: int) -> torch.Tensor:
+        """n rows of B_on, uniformly, with replacement."""
+        return self.n_offline + (torch.rand(n, dtype=torch.float64, device=self.rows.device) * self.online_size).long()
+
+    def sample_uniform(self, n: int) -> torch.Tensor:
+        """n rows of the union of both, uniformly, with replacement."""
+        return (
+            torch.rand(n, dtype=torch.float64, device=self.rows.device) * (self.n_offline + self.online_size)
+        ).long()
+
+    def sample_symmetric(self, n: int) -> torch.Tensor:
+        """n/2 rows of B_off and n/2 of B_on (RLPD)."""
+        return torch.cat([self.sample_offline(n // 2), self.sample_online(n // 2)])
+
+    def some_states(self) -> dict[str, torch.Tensor]:
+        """Some 2,000 observations each of B_off and of the oldest and the newest 10,000 online transitions (Fig. 6)."""
+        offline, online = self.rows[:, : self.widths[0]].split([self.n_offline, self.online_capacity])
+        online = online[: self.n_online]
+        parts = {"offline": offline[:: max(1, self.n_offline // 2_000)], "first": online[:10_000:5]}
+        return {name: part.cpu().clone() for name, part in (parts | {"last": online[-10_000::5]}).items()}
+
+    def state_dict(self) -> dict:
+        return {"added": self.added, "online_rows": self.rows[self.n_offline : self.n_offline + self.n_online].clone()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.added, self.n_online = state["added"], len(state["online_rows"])
+        self.rows[self.n_offline : self.n_offline + self.n_online] = state["online_rows"].to(self.rows.device)
+        self.online_size.fill_(self.n_online)
+
+
+class Collector:
+    """Steps the training environment into the buffer.
+
+    Every episode is reset from a seed of its own, so that a resumed run gets the environment's state back by repeating
+    the actions of the unfinished episode; they are the newest rows of the buffer.
+    """
+
+    def __init__(self, env: gym.Env, buffer: ReplayBuffer, normalize: Callable, seed: int):
+        self.env, self.buffer, self.normalize, self.seed = env, buffer, normalize, seed
+        self.episode, self.episode_steps = -1, 0
+        self.observation: np.ndarray | None = None  # normalised
+
+    def reset(self) -> None:
+        self.episode, self.episode_steps = self.episode + 1, 0
+        seed = int(np.random.SeedSequence([self.seed, self.episode]).generate_state(1)[0])
+        self.observation = self.normalize(self.env.reset(seed=seed)[0])
+
+    def step(self, action: np.ndarray) -> int:
+        """Take an action in [-1, 1], store the transition, return its row. Starts the next episode where one ends."""
+        next_observation, reward, terminated, truncated, _ = self.env.step(action)
+        next_observation = self.normalize(next_observation)
+        row = self.buffer.add(self.observation, action, reward, next_observation, terminated)
+        self.observation, self.episode_steps = next_observation, self.episode_steps + 1
+        if terminated or truncated:
+            self.reset()
+        return row
+
+    def state_dict(self) -> dict:
+        return {"episode": self.episode, "episode_steps": self.episode_steps}
+
+    def load_state_dict(self, state: dict) -> None:
+        if state["episode"] < 0:
+            return
+        self.episode = state["episode"] - 1
+        self.reset()
+        first = self.buffer.added - state["episode_steps"]
+        for i in range(first, self.buffer.added):
+            row = self.buffer.rows[self.buffer.n_offline + i % self.buffer.online_capacity]
+            self.observation = self.normalize(self.env.step(row.split(self.buffer.widths)[1].cpu().numpy())[0])
+        self.episode_steps = state["episode_steps"]
+
+
+class Policy:
+    """The policy for acting: a CPU copy of the actor that `refresh` brings up to date (on the CPU the actor itself)."""
+
+    def __init__(self, actor: nn.Module):
+        self.source = actor
+        self.actor = copy.deepcopy(actor).cpu() if next(actor.parameters()).is_cuda else actor
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        if self.actor is not self.source:
+            torch._foreach_copy_(list(self.actor.parameters()), list(self.source.parameters()))
+
+    @torch.no_grad()
+    def __call__(self, observation: np.ndarray) -> np.ndarray:
+        """Normalised observation [observation_dim] to action [action_dim]."""
+        return self.actor(torch.from_numpy(observation).unsqueeze(0)).squeeze(0).numpy()
+
+
+# ======================================================================================================================
+# Tasks: environments, data, evaluation
+# ======================================================================================================================
 
 
 # Gymnasium's v5 with the dynamics of D4RL's -v2 tasks: Walker2d's own v5 model has another foot friction.
@@ -295,7 +974,6 @@ ADROIT_ENVS = {
 }
 ADROIT_TASKS = tuple(f"{env}-cloned-v1" for env in ADROIT_ENVS)
 TASKS = MUJOCO_TASKS + ANTMAZE_TASKS + ADROIT_TASKS
-
 # D4RL's reference returns (min, max).
 REFERENCE_RETURNS = {
     "halfcheetah": (-280.178953, 12135.0),
@@ -694,357 +1372,110 @@ def check_dataset(dataset: Dataset, env: gym.Env, args: Args) -> None:
         )
 
 
-def reward_transform(env_id: str, dataset: Dataset) -> tuple[float, float]:
-    """Scale and shift of the rewards that the agent trains on, offline and online; scores count the task's own."""
-    return 1.0, -1.0 if env_id in ANTMAZE_TASKS else 0.0  # AntMaze: -1 a step until the goal is reached
+def evaluate(policy: Policy, env: gym.Env, normalize: Callable, env_id: str, episodes: int, seed: int) -> dict:
+    """Roll out `episodes` episodes without noise, from the same start states each time; the columns of evals.csv."""
+    policy.refresh()
+    returns, lengths, successes = [], [], []
+    for episode in range(episodes):
+        observation, _ = env.reset(seed=seed + 1_000_000 + episode)
+        total, length, done, success = 0.0, 0, False, False
+        while not done:
+            observation, reward, terminated, truncated, info = env.step(policy(normalize(observation)))
+            total, length, done = total + float(reward), length + 1, terminated or truncated
+            success |= bool(info.get("success", info.get("is_success", False)))
+        returns.append(total)
+        lengths.append(length)
+        if "success" in info or "is_success" in info:
+            successes.append(success)
+    return {
+        "normalized_score": round(normalized_score(env_id, float(np.mean(returns))), 4),
+        "return_mean": round(float(np.mean(returns)), 4),
+        "return_std": round(float(np.std(returns)), 4),
+        "length_mean": round(float(np.mean(lengths)), 2),
+        "success_rate": round(float(np.mean(successes)), 4) if successes else "",
+    }
 
 
-# ======================================================================================================================
-# Replay
-# ======================================================================================================================
+def estimation_bias(
+    args: Args, run: Run, agent: Agent, env: gym.Env, normalize: Callable, device: torch.device
+) -> Callable[[], list[list[str]]]:
+    """Values of 10 fixed (initial state, reference's action) pairs minus the reference's own value (Figs. 9, 10).
 
-
-class ReplayBuffer:
-    """B_off and B_on in one table on the training device, a row a transition: offline ones, a ring of online ones."""
-
-    def __init__(self, dataset: Dataset, online_capacity: int, device: torch.device):
-        observation_dim, action_dim = dataset.observations.shape[1], dataset.actions.shape[1]
-        self.widths = [observation_dim, action_dim, 1, observation_dim, 1]
-        self.n_offline, self.online_capacity, self.n_online, self.added = len(dataset.rewards), online_capacity, 0, 0
-        self.rows = torch.zeros(self.n_offline + online_capacity, sum(self.widths), device=device)
-        for column, values in zip(self.rows[: self.n_offline].split(self.widths, 1), dataset, strict=True):
-            column.copy_(torch.from_numpy(values).view(self.n_offline, -1))
-        # On the device, so that a CUDA graph sees it grow
-        self.online_size = torch.zeros((), dtype=torch.float64, device=device)
-
-    def add(self, *transition) -> int:
-        """Store one online transition (the fields of Dataset) over the oldest; returns its row."""
-        row = self.n_offline + self.added % self.online_capacity
-        self.rows[row].copy_(torch.from_numpy(np.hstack(transition).astype(np.float32)))
-        self.added += 1
-        self.n_online = min(self.added, self.online_capacity)
-        self.online_size.fill_(self.n_online)
-        return row
-
-    def __getitem__(self, rows: torch.Tensor) -> Dataset:
-        observations, actions, rewards, next_observations, terminals = self.rows.index_select(0, rows).split(
-            self.widths, 1
-        )
-        return Dataset(observations, actions, rewards.squeeze(1), next_observations, terminals.squeeze(1))
-
-    def sample_offline(self, n: int) -> torch.Tensor:
-        """n rows of B_off, uniformly, with replacement."""
-        return torch.randint(self.n_offline, (n,), device=self.rows.device)
-
-    def sample_online(self, n: int) -> torch.Tensor:
-        """n rows of B_on, uniformly, with replacement."""
-        return self.n_offline + (torch.rand(n, dtype=torch.float64, device=self.rows.device) * self.online_size).long()
-
-    def sample_uniform(self, n: int) -> torch.Tensor:
-        """n rows of the union of both, uniformly, with replacement."""
-        return (
-            torch.rand(n, dtype=torch.float64, device=self.rows.device) * (self.n_offline + self.online_size)
-        ).long()
-
-    def sample_symmetric(self, n: int) -> torch.Tensor:
-        """n/2 rows of B_off and n/2 of B_on (RLPD)."""
-        return torch.cat([self.sample_offline(n // 2), self.sample_online(n // 2)])
-
-    def some_states(self) -> dict[str, torch.Tensor]:
-        """Some 2,000 observations each of B_off and of the oldest and the newest 10,000 online transitions (Fig. 6)."""
-        offline, online = self.rows[:, : self.widths[0]].split([self.n_offline, self.online_capacity])
-        online = online[: self.n_online]
-        parts = {"offline": offline[:: max(1, self.n_offline // 2_000)], "first": online[:10_000:5]}
-        return {name: part.cpu().clone() for name, part in (parts | {"last": online[-10_000::5]}).items()}
-
-    def state_dict(self) -> dict:
-        return {"added": self.added, "online_rows": self.rows[self.n_offline : self.n_offline + self.n_online].clone()}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.added, self.n_online = state["added"], len(state["online_rows"])
-        self.rows[self.n_offline : self.n_offline + self.n_online] = state["online_rows"].to(self.rows.device)
-        self.online_size.fill_(self.n_online)
-
-
-class SumTree:
-    """Draws leaves proportionally to their priorities: two levels, a node the sum of 128 leaves, in float64."""
-
-    WIDTH = 128
-
-    def __init__(self, capacity: int, device: torch.device):
-        nodes = math.ceil(capacity / self.WIDTH)
-        self.leaves = torch.zeros(nodes, self.WIDTH, dtype=torch.float64, device=device)
-        self.nodes = torch.zeros(nodes, dtype=torch.float64, device=device)
-
-    def fill(self, priorities: torch.Tensor) -> None:
-        """Give the first leaves their priorities [n]."""
-        self.leaves.view(-1)[: len(priorities)] = priorities
-        self.nodes.copy_(self.leaves.sum(1))
-
-    def set(self, leaves: torch.Tensor, priorities: torch.Tensor) -> None:
-        """Give leaves [n] new priorities [n]. Sums are taken anew, not adjusted, so that no rounding piles up."""
-        self.leaves.view(-1)[leaves] = priorities.double()
-        nodes = leaves // self.WIDTH
-        self.nodes[nodes] = self.leaves.index_select(0, nodes).sum(1)
-
-    def sample(self, n: int) -> torch.Tensor:
-        """n leaves [n], independently, each with probability priority / total."""
-        # Two draws each, of a node and of a leaf in it; 1e-12: rounding must not lead past the last positive one
-        draws = torch.rand(2, n, dtype=torch.float64, device=self.nodes.device).mul_(1 - 1e-12)
-        ends = self.nodes.cumsum(0)
-        node = torch.searchsorted(ends, draws[0] * ends[-1], right=True)
-        ends = self.leaves.index_select(0, node).cumsum(1)
-        leaf = torch.searchsorted(ends, (draws[1] * ends[:, -1]).unsqueeze(1), right=True).squeeze(1)
-        return node * self.WIDTH + leaf
-
-    def state_dict(self) -> dict:
-        return {"leaves": self.leaves, "nodes": self.nodes}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.leaves.copy_(state["leaves"])
-        self.nodes.copy_(state["nodes"])
-
-
-def density_ratio_loss(offline_ratio: torch.Tensor, online_ratio: torch.Tensor) -> torch.Tensor:
-    """Negative Jensen-Shannon bound, least where w is the density ratio online / offline (Lee et al. 2022)."""
-    return (
-        -torch.log(2 / (offline_ratio + 1) + 1e-10) - torch.log(2 * online_ratio / (online_ratio + 1) + 1e-10)
-    ).mean()
-
-
-class BalancedReplay:
-    """One prioritised buffer over B_off and B_on whose priorities follow the density ratio (Lee et al. 2022)."""
-
-    TEMPERATURE, PRIORITY_MIN, PRIORITY_MAX = 5, 1e-3, 1e3  # Off2On
-
-    def __init__(self, buffer: ReplayBuffer, batch_size: int, device: torch.device):
-        self.buffer, self.batch_size = buffer, batch_size
-        self.tree = SumTree(len(buffer.rows), device)
-        self.ratio = nn.Sequential(
-            nn.Linear(sum(buffer.widths[:2]), 256),
-            nn.ReLU(inplace=True),
-            nn.Linear(256, 256),
-            nn.ReLU(inplace=True),
-            nn.Linear(256, 1),
-            nn.ReLU(),
-        ).to(device)
-        nn.init.ones_(self.ratio[4].bias)
-        self.optimizer = make_adam(self.ratio, 3e-4)
-        self.largest = torch.ones((), dtype=torch.float64, device=device)
-
-    def start(self, online_fraction: float) -> None:
-        """Priority 1 offline; online such that a share `online_fraction` of the first samples is online."""
-        online = self.buffer.n_offline * online_fraction / ((1 - online_fraction) * self.buffer.n_online)
-        sizes = torch.tensor([self.buffer.n_offline, self.buffer.n_online])
-        self.tree.fill(torch.tensor([1.0, online], dtype=torch.float64).repeat_interleave(sizes))
-        self.largest.fill_(max(1.0, online))
-
-    def add(self, row: int) -> None:
-        """A new online transition enters at the largest priority seen."""
-        self.tree.set(torch.tensor([row], device=self.largest.device), self.largest.view(1))
-
-    def density_ratio(self, batch: Dataset) -> torch.Tensor:
-        """w(s,a) >= 0, an estimate of the online density over the offline one, [B]."""
-        return self.ratio(torch.cat([batch.observations, batch.actions], 1)).squeeze(1)
-
-    def update(self, rows: torch.Tensor, batch: Dataset) -> torch.Tensor:
-        """A step of the density ratio on a uniform batch of each buffer, then new priorities for the rows used."""
-        n = self.batch_size
-        uniform = self.buffer[torch.cat([self.buffer.sample_offline(n), self.buffer.sample_online(n)])]
-        offline_ratio, online_ratio = self.density_ratio(uniform).split(n)
-        loss = density_ratio_loss(offline_ratio, online_ratio)
-        minimize(loss, self.optimizer)
-        with torch.no_grad():
-            scale = offline_ratio.pow(1 / self.TEMPERATURE).mean() + 1e-10
-            priorities = self.density_ratio(batch).pow(1 / self.TEMPERATURE) / scale
-            priorities = priorities.clamp(self.PRIORITY_MIN, self.PRIORITY_MAX).double()
-            self.tree.set(rows, priorities)
-            torch.maximum(self.largest, priorities.max(), out=self.largest)
-        return loss.detach()
-
-    def state_dict(self) -> dict:
-        return {
-            "tree": self.tree.state_dict(),
-            "ratio": self.ratio.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "largest": self.largest,
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        for name in ("tree", "ratio", "optimizer"):
-            getattr(self, name).load_state_dict(state[name])
-        self.largest.copy_(state["largest"])
-
-
-# ======================================================================================================================
-# Networks
-# ======================================================================================================================
-
-
-class Actor(nn.Module):
-    """pi(s) in [-1, 1]: normalised observations [B, observation_dim] to actions [B, action_dim]."""
-
-    def __init__(self, observation_dim: int, action_dim: int):
-        super().__init__()
-        self.network = nn.Sequential(
-            nn.Linear(observation_dim, 256),
-            nn.ReLU(inplace=True),
-            nn.Linear(256, 256),
-            nn.ReLU(inplace=True),
-            nn.Linear(256, action_dim),
-            nn.Tanh(),
-        )
-
-    def forward(self, observations: torch.Tensor) -> torch.Tensor:
-        return self.network(observations)
-
-
-class EnsembleLinear(nn.Module):
-    """`members` linear layers in one batched call, [members, B, inputs] to [members, B, outputs]; nn.Linear's init.
-
-    [B, inputs] to [B, outputs] is the first member alone.
+    Each call gives the rows [pair, Q_off, Q_on, their mix]; what there is not is empty. Exit 2 where the reference is
+    of another environment.
     """
+    advice = "write another --reference-model, a run's model.pt"
+    model = read_saved(Path(args.reference_model), "model.pt", advice)
+    if model["args"]["env_id"].split("-")[0] != args.env_id.split("-")[0]:
+        raise bad_input(f"{args.reference_model} is of {model['args']['env_id']}, not of {args.env_id}: {advice}")
+    try:
+        reference = Agent(Args(**model["args"]), len(model["observation_mean"]), model["action_dim"], device)
+        for name, part in reference.parts().items():
+            if isinstance(part, nn.Module):
+                part.load_state_dict(model[name])
+        scale = run.data["reward_scale"] / model["reward_scale"]  # of its values to this run's unit of reward
+    except (TypeError, KeyError, RuntimeError) as error:
+        raise bad_input(f"{args.reference_model} is no model of {PROGRAM} ({brief(error)}): {advice}") from None
+    states = np.stack([env.reset(seed=2_000_000 + pair)[0] for pair in range(10)]).astype(np.float32)
+    own = torch.from_numpy(normalize(states)).to(device)
+    others = ((torch.from_numpy(states) - model["observation_mean"]) / model["observation_std"]).to(device)
+    with torch.no_grad():
+        actions = reference.actor(others)
+        truth = scale * value(reference.q_on if hasattr(reference, "q_on") else reference.q_off, others, actions)
 
-    def __init__(self, members: int, inputs: int, outputs: int):
-        super().__init__()
-        bound = 1 / math.sqrt(inputs)
-        self.weight = nn.Parameter(torch.empty(members, inputs, outputs).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(members, 1, outputs).uniform_(-bound, bound))
+    @torch.no_grad()
+    def rows() -> list[list[str]]:
+        q_off, q_on = value(agent.q_off, own, actions) - truth, None
+        mix = q_off
+        if hasattr(agent, "q_on"):
+            q_on = value(agent.q_on, own, actions) - truth
+            kappa = kappa_at(run.env_steps, args.kappa_init, args.kappa_end, args.kappa_decay) if run.env_steps else 0
+            mix = (1 - kappa) * q_off + kappa * q_on
+        columns = [
+            [f"{x:.4f}" for x in column.tolist()] if column is not None else [""] * 10 for column in (q_off, q_on, mix)
+        ]
+        return [[str(pair), *row] for pair, row in enumerate(zip(*columns, strict=True))]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight, bias = self.weight, self.bias
-        if x.dim() == 2:  # where it is the only one, the backward pass of [0] would fill and copy a gradient in vain
-            weight, bias = (p.squeeze(0) if len(p) == 1 else p[0] for p in (weight, bias))
-        if weight.shape[-1] == 1:  # a dot product a row: several times faster than a product with a one-column matrix
-            return (x * weight.mT).sum(-1, keepdim=True) + bias
-        if x.dim() == 2:  # a batched product uses one thread a member
-            return torch.addmm(bias, x, weight)
-        return torch.baddbmm(bias, x, weight)
-
-
-class Critic(nn.Module):
-    """Twin Q(s,a): observations [B, observation_dim], actions [B, action_dim] to values [2, B]."""
-
-    def __init__(self, observation_dim: int, action_dim: int):
-        super().__init__()
-        self.layers = nn.ModuleList(
-            [
-                EnsembleLinear(2, observation_dim + action_dim, 256),
-                EnsembleLinear(2, 256, 256),
-                EnsembleLinear(2, 256, 1),
-            ]
-        )
-
-    def forward(self, observations: torch.Tensor, actions: torch.Tensor, first_only: bool = False) -> torch.Tensor:
-        """Values of both critics; with `first_only` [1, B], of the first."""
-        x = torch.cat([observations, actions], 1)
-        if not first_only:
-            x = x.expand(2, -1, -1)
-        x = self.layers[0](x).relu_()
-        x = self.layers[1](x).relu_()
-        return self.layers[2](x).view(-1, len(observations))
+    return rows
 
 
-def make_adam(network: nn.Module, learning_rate: float) -> torch.optim.Adam:
-    parameters = list(network.parameters())
-    return torch.optim.Adam(parameters, lr=learning_rate, fused=True, capturable=parameters[0].is_cuda)
-
-
-def minimize(loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """One step of `optimizer` down `loss`; only its own parameters get gradients."""
-    parameters = optimizer.param_groups[0]["params"]
-    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-        parameter.grad = gradient
-    optimizer.step()
-
-
-@torch.no_grad()
-def soft_update(target: nn.Module, source: nn.Module, tau: float) -> None:
-    """target <- (1 - tau) target + tau source."""
-    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+def record_video(env_id: str, folder: Path, policy: Policy | None, normalize: Callable, seed: int) -> None:
+    """Write an episode as an mp4 to `folder`; without a policy only try whether this machine renders (or exit 2)."""
+    if not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    try:
+        env = make_env(env_id, render_mode="rgb_array")
+        env.reset(seed=seed)
+        env.render()
+        gym.wrappers.RecordVideo(env, str(folder), name_prefix="evaluation", disable_logger=True)
+    except Exception as error:  # every graphics stack fails in its own way
+        raise bad_input(
+            f"--capture-video: this machine cannot render {env_id} ({brief(error)}): "
+            "install what is missing (MUJOCO_GL chooses egl or osmesa), or leave it out"
+        ) from None
+    if policy is not None:
+        env = gym.wrappers.RecordVideo(env, str(folder), name_prefix="evaluation", disable_logger=True)
+        evaluate(policy, env, normalize, env_id, episodes=1, seed=seed)
+    env.close()
 
 
 # ======================================================================================================================
-# TD3 and OPT: the equations
+# The run: arguments, folder, logs, checkpoints
 # ======================================================================================================================
 
 
-def kappa_at(step: int, kappa_init: float, kappa_end: float, kappa_decay: int) -> float:
-    """Weight of Q_on at an environment step of the online phase: linear over kappa_decay, then constant (Table 15)."""
-    return kappa_init + (kappa_end - kappa_init) * min(1.0, step / kappa_decay if kappa_decay else 1.0)
+PROGRAM = Path(__file__).name
 
 
-@torch.no_grad()
-def smoothed_actions(
-    actor_target: nn.Module, observations: torch.Tensor, policy_noise: float, noise_clip: float
-) -> torch.Tensor:
-    """TD3's target policy smoothing: pi'(s) + clip(noise), [B, action_dim]."""
-    actions = actor_target(observations)
-    noise = (torch.randn_like(actions) * policy_noise).clamp(-noise_clip, noise_clip)
-    return (actions + noise).clamp(-1, 1)
+def brief(error: BaseException) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-@torch.no_grad()
-def td_target(q_target: nn.Module, batch: Dataset, next_actions: torch.Tensor, gamma: float) -> torch.Tensor:
-    """The bracket of Eq. 2: r + gamma (1 - terminal) min_i Q'_i(s', a'), [B]."""
-    next_values = q_target(batch.next_observations, next_actions).amin(0)
-    return batch.rewards + gamma * (1 - batch.terminals) * next_values
-
-
-def td_loss(values: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Eq. 2 on values [members, B] and target [B]: mean squared error, summed over the ensemble."""
-    return (values - target).square().mean(1).sum()
-
-
-def meta_adaptation_loss(
-    critic: nn.Module,
-    offline: Dataset,
-    offline_target: torch.Tensor,
-    online: Dataset,
-    online_target: torch.Tensor,
-    meta_lr: float,
-    second_order: bool = False,
-    loss: Callable = td_loss,
-) -> torch.Tensor:
-    """Eq. 3: L_off(psi) + L_on(psi - alpha grad L_off(psi)), where L is loss(critic's values, target).
-
-    First order (OEMA's code): the inner gradient is a constant. Second order: Eq. 3 to the letter. The targets [B] are
-    the target critic's; the adapted parameters are used for L_on's prediction alone.
-    """
-    parameters = dict(critic.named_parameters())
-    offline_loss = loss(critic(offline.observations, offline.actions), offline_target)
-    gradients = torch.autograd.grad(
-        offline_loss, list(parameters.values()), retain_graph=True, create_graph=second_order
-    )
-    adapted = {name: p - meta_lr * g for (name, p), g in zip(parameters.items(), gradients, strict=True)}
-    online_loss = loss(functional_call(critic, adapted, (online.observations, online.actions)), online_target)
-    return offline_loss + online_loss
-
-
-def td3_bc_loss(
-    values: torch.Tensor, policy_actions: torch.Tensor, actions: torch.Tensor, bc_alpha: float
-) -> torch.Tensor:
-    """TD3+BC, values [B], actions [B, action_dim]: -lambda mean Q + mean (pi(s) - a)^2, lambda = bc_alpha / mean|Q|."""
-    return -bc_alpha / values.abs().mean().detach() * values.mean() + F.mse_loss(policy_actions, actions)
-
-
-def value(critic: nn.Module, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-    """The value that Eq. 4 takes from an ensemble: its first critic's, [B]."""
-    return critic(observations, actions, first_only=True)[0]
-
-
-def policy_loss(q_off: torch.Tensor | None, q_on: torch.Tensor | None, kappa: torch.Tensor | float) -> torch.Tensor:
-    """Eq. 4 on values [B] of pi(s): -mean[(1 - kappa) Q_off + kappa Q_on]; a Q that never counts may be None."""
-    if q_on is None:
-        return -q_off.mean()
-    if q_off is None:
-        return -q_on.mean()
-    return -((1 - kappa) * q_off + kappa * q_on).mean()
-
-
-# ======================================================================================================================
-# The run: its folder, evaluation, checkpoints
-# ======================================================================================================================
+def bad_input(message: str) -> SystemExit:
+    """Exit status 2 for what the user can mend, with one line that says what is wrong and what to write instead."""
+    print(f"{PROGRAM}: {message}", file=sys.stderr)
+    return SystemExit(2)
 
 
 class Run:
@@ -1380,151 +1811,9 @@ def prepare_folder(args: Args) -> dict | None:
     return state
 
 
-class Collector:
-    """Steps the training environment into the buffer.
-
-    Every episode is reset from a seed of its own, so that a resumed run gets the environment's state back by repeating
-    the actions of the unfinished episode; they are the newest rows of the buffer.
-    """
-
-    def __init__(self, env: gym.Env, buffer: ReplayBuffer, normalize: Callable, seed: int):
-        self.env, self.buffer, self.normalize, self.seed = env, buffer, normalize, seed
-        self.episode, self.episode_steps = -1, 0
-        self.observation: np.ndarray | None = None  # normalised
-
-    def reset(self) -> None:
-        self.episode, self.episode_steps = self.episode + 1, 0
-        seed = int(np.random.SeedSequence([self.seed, self.episode]).generate_state(1)[0])
-        self.observation = self.normalize(self.env.reset(seed=seed)[0])
-
-    def step(self, action: np.ndarray) -> int:
-        """Take an action in [-1, 1], store the transition, return its row. Starts the next episode where one ends."""
-        next_observation, reward, terminated, truncated, _ = self.env.step(action)
-        next_observation = self.normalize(next_observation)
-        row = self.buffer.add(self.observation, action, reward, next_observation, terminated)
-        self.observation, self.episode_steps = next_observation, self.episode_steps + 1
-        if terminated or truncated:
-            self.reset()
-        return row
-
-    def state_dict(self) -> dict:
-        return {"episode": self.episode, "episode_steps": self.episode_steps}
-
-    def load_state_dict(self, state: dict) -> None:
-        if state["episode"] < 0:
-            return
-        self.episode = state["episode"] - 1
-        self.reset()
-        first = self.buffer.added - state["episode_steps"]
-        for i in range(first, self.buffer.added):
-            row = self.buffer.rows[self.buffer.n_offline + i % self.buffer.online_capacity]
-            self.observation = self.normalize(self.env.step(row.split(self.buffer.widths)[1].cpu().numpy())[0])
-        self.episode_steps = state["episode_steps"]
-
-
-class Policy:
-    """The policy for acting: a CPU copy of the actor that `refresh` brings up to date (on the CPU the actor itself)."""
-
-    def __init__(self, actor: nn.Module):
-        self.source = actor
-        self.actor = copy.deepcopy(actor).cpu() if next(actor.parameters()).is_cuda else actor
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        if self.actor is not self.source:
-            torch._foreach_copy_(list(self.actor.parameters()), list(self.source.parameters()))
-
-    @torch.no_grad()
-    def __call__(self, observation: np.ndarray) -> np.ndarray:
-        """Normalised observation [observation_dim] to action [action_dim]."""
-        return self.actor(torch.from_numpy(observation).unsqueeze(0)).squeeze(0).numpy()
-
-
-def evaluate(policy: Policy, env: gym.Env, normalize: Callable, env_id: str, episodes: int, seed: int) -> dict:
-    """Roll out `episodes` episodes without noise, from the same start states each time; the columns of evals.csv."""
-    policy.refresh()
-    returns, lengths, successes = [], [], []
-    for episode in range(episodes):
-        observation, _ = env.reset(seed=seed + 1_000_000 + episode)
-        total, length, done, success = 0.0, 0, False, False
-        while not done:
-            observation, reward, terminated, truncated, info = env.step(policy(normalize(observation)))
-            total, length, done = total + float(reward), length + 1, terminated or truncated
-            success |= bool(info.get("success", info.get("is_success", False)))
-        returns.append(total)
-        lengths.append(length)
-        if "success" in info or "is_success" in info:
-            successes.append(success)
-    return {
-        "normalized_score": round(normalized_score(env_id, float(np.mean(returns))), 4),
-        "return_mean": round(float(np.mean(returns)), 4),
-        "return_std": round(float(np.std(returns)), 4),
-        "length_mean": round(float(np.mean(lengths)), 2),
-        "success_rate": round(float(np.mean(successes)), 4) if successes else "",
-    }
-
-
-def estimation_bias(
-    args: Args, run: Run, agent: "Agent", env: gym.Env, normalize: Callable, device: torch.device
-) -> Callable[[], list[list[str]]]:
-    """Values of 10 fixed (initial state, reference's action) pairs minus the reference's own value (Figs. 9, 10).
-
-    Each call gives the rows [pair, Q_off, Q_on, their mix]; what there is not is empty. Exit 2 where the reference is
-    of another environment.
-    """
-    advice = "write another --reference-model, a run's model.pt"
-    model = read_saved(Path(args.reference_model), "model.pt", advice)
-    if model["args"]["env_id"].split("-")[0] != args.env_id.split("-")[0]:
-        raise bad_input(f"{args.reference_model} is of {model['args']['env_id']}, not of {args.env_id}: {advice}")
-    try:
-        reference = Agent(Args(**model["args"]), len(model["observation_mean"]), model["action_dim"], device)
-        for name, part in reference.parts().items():
-            if isinstance(part, nn.Module):
-                part.load_state_dict(model[name])
-        scale = run.data["reward_scale"] / model["reward_scale"]  # of its values to this run's unit of reward
-    except (TypeError, KeyError, RuntimeError) as error:
-        raise bad_input(f"{args.reference_model} is no model of {PROGRAM} ({brief(error)}): {advice}") from None
-    states = np.stack([env.reset(seed=2_000_000 + pair)[0] for pair in range(10)]).astype(np.float32)
-    own = torch.from_numpy(normalize(states)).to(device)
-    others = ((torch.from_numpy(states) - model["observation_mean"]) / model["observation_std"]).to(device)
-    with torch.no_grad():
-        actions = reference.actor(others)
-        truth = scale * value(reference.q_on if hasattr(reference, "q_on") else reference.q_off, others, actions)
-
-    @torch.no_grad()
-    def rows() -> list[list[str]]:
-        q_off, q_on = value(agent.q_off, own, actions) - truth, None
-        mix = q_off
-        if hasattr(agent, "q_on"):
-            q_on = value(agent.q_on, own, actions) - truth
-            kappa = kappa_at(run.env_steps, args.kappa_init, args.kappa_end, args.kappa_decay) if run.env_steps else 0
-            mix = (1 - kappa) * q_off + kappa * q_on
-        columns = [
-            [f"{x:.4f}" for x in column.tolist()] if column is not None else [""] * 10 for column in (q_off, q_on, mix)
-        ]
-        return [[str(pair), *row] for pair, row in enumerate(zip(*columns, strict=True))]
-
-    return rows
-
-
-def record_video(env_id: str, folder: Path, policy: Policy | None, normalize: Callable, seed: int) -> None:
-    """Write an episode as an mp4 to `folder`; without a policy only try whether this machine renders (or exit 2)."""
-    if not os.environ.get("DISPLAY"):
-        os.environ.setdefault("MUJOCO_GL", "egl")
-    try:
-        env = make_env(env_id, render_mode="rgb_array")
-        env.reset(seed=seed)
-        env.render()
-        gym.wrappers.RecordVideo(env, str(folder), name_prefix="evaluation", disable_logger=True)
-    except Exception as error:  # every graphics stack fails in its own way
-        raise bad_input(
-            f"--capture-video: this machine cannot render {env_id} ({brief(error)}): "
-            "install what is missing (MUJOCO_GL chooses egl or osmesa), or leave it out"
-        ) from None
-    if policy is not None:
-        env = gym.wrappers.RecordVideo(env, str(folder), name_prefix="evaluation", disable_logger=True)
-        evaluate(policy, env, normalize, env_id, episodes=1, seed=seed)
-    env.close()
+# ======================================================================================================================
+# Speed
+# ======================================================================================================================
 
 
 def tune_cpu() -> None:
@@ -1588,282 +1877,6 @@ def capture(update: Callable[[bool], dict], parts: dict, device: torch.device) -
         return metrics
 
     return replay
-
-
-# ======================================================================================================================
-# The three phases (Algorithm 1)
-# ======================================================================================================================
-
-
-class Agent:
-    """Networks, targets and optimisers. Q_on has a seed of its own, so that every variant shares one offline phase."""
-
-    def __init__(self, args: Args, observation_dim: int, action_dim: int, device: torch.device):
-        torch.manual_seed(args.seed)
-        self.actor = Actor(observation_dim, action_dim).to(device)
-        self.q_off = Critic(observation_dim, action_dim).to(device)
-        self.actor_target, self.q_off_target = copy.deepcopy(self.actor), copy.deepcopy(self.q_off)
-        self.actor_optimizer = make_adam(self.actor, args.learning_rate)
-        self.q_off_optimizer = make_adam(self.q_off, args.learning_rate)
-        self.offline_parts = dict(vars(self))  # what offline.pt holds
-        if args.opt and args.q_on:
-            torch.manual_seed(args.seed + 1_000)
-            self.q_on = Critic(observation_dim, action_dim).to(device)
-            self.q_on_target = copy.deepcopy(self.q_on)
-            self.q_on_optimizer = make_adam(self.q_on, args.learning_rate)
-
-    def parts(self) -> dict:
-        """Every network and optimiser by name."""
-        return {name: part for name, part in vars(self).items() if name != "offline_parts"}
-
-
-def offline_pretrain(args: Args, run: Run, agent: Agent, buffer: ReplayBuffer) -> None:
-    """Phase 1: TD3+BC on B_off."""
-
-    def update(update_policy: bool) -> dict:
-        batch = buffer[buffer.sample_offline(args.batch_size)]
-        next_actions = smoothed_actions(agent.actor_target, batch.next_observations, args.policy_noise, args.noise_clip)
-        target = td_target(agent.q_off_target, batch, next_actions, args.gamma)
-        values = agent.q_off(batch.observations, batch.actions)
-        q_off_loss = td_loss(values, target)  # Eq. 2
-        minimize(q_off_loss, agent.q_off_optimizer)
-        metrics = {"q_off_loss": q_off_loss.detach(), "q_off_data_mean": values.detach().mean()}
-        if update_policy:
-            actions = agent.actor(batch.observations)
-            values = value(agent.q_off, batch.observations, actions)
-            actor_loss = td3_bc_loss(values, actions, batch.actions, args.bc_alpha)
-            minimize(actor_loss, agent.actor_optimizer)
-            soft_update(agent.q_off_target, agent.q_off, args.tau)
-            soft_update(agent.actor_target, agent.actor, args.tau)
-            metrics |= {"actor_loss": actor_loss.detach(), "q_off_mean": values.detach().mean()}
-        return metrics
-
-    if run.begin("offline"):
-        run.add_evaluation()
-    if run.step < args.offline_steps:
-        update = capture(update, agent.offline_parts, buffer.rows.device)
-    for step in run.steps(args.offline_steps, gradient=1):
-        run.metrics |= update((step + 1) % args.policy_frequency == 0)
-
-
-def explore(args: Args, policy: Policy, observation: np.ndarray) -> np.ndarray:
-    """The policy's action with Gaussian exploration noise, in [-1, 1]."""
-    action = policy(observation)
-    return np.clip(action + args.exploration_noise * torch.randn(action.shape).numpy(), -1, 1)
-
-
-def collect(args: Args, run: Run, collector: Collector, policy: Policy) -> None:
-    """Phase 2, first part: N_tau transitions with pi_off, with the noise of every online action [choice]."""
-    if run.begin("collect"):
-        collector.reset()
-    policy.refresh()
-    for _ in run.steps(args.n_tau, env=1, evaluate="never"):
-        collector.step(explore(args, policy, collector.observation))
-
-
-def online_pretrain(args: Args, run: Run, agent: Agent, buffer: ReplayBuffer) -> None:
-    """Phase 2, second part: N_pretrain gradient steps on Q_on (with --no-q-on, Q_off) alone; all else is frozen."""
-    name = "q_on" if args.q_on else "q_off"
-    critic, critic_target, optimizer = (getattr(agent, name + suffix) for suffix in ("", "_target", "_optimizer"))
-
-    def update(update_target: bool) -> dict:
-        n = args.batch_size
-        batch = buffer[torch.cat([buffer.sample_offline(n), buffer.sample_online(n)])]
-        # The target policy is the offline phase's, held still [choice]
-        next_actions = smoothed_actions(agent.actor_target, batch.next_observations, args.policy_noise, args.noise_clip)
-        offline_target, online_target = td_target(critic_target, batch, next_actions, args.gamma).split(n)
-        offline, online = Dataset(*(x[:n] for x in batch)), Dataset(*(x[n:] for x in batch))
-        if args.q_on_init == "meta":
-            loss = meta_adaptation_loss(
-                critic, offline, offline_target, online, online_target, args.meta_lr, args.meta_second_order
-            )  # Eq. 3
-        else:
-            loss = td_loss(critic(online.observations, online.actions), online_target)
-            if args.q_on_init == "joint":
-                loss = loss + td_loss(critic(offline.observations, offline.actions), offline_target)  # Eq. 10
-        minimize(loss, optimizer)
-        if update_target:
-            soft_update(critic_target, critic, args.tau)
-        return {f"{name}_pretrain_loss": loss.detach()}
-
-    steps = 0 if args.q_on_init == "random" else args.n_pretrain
-    if run.begin("online_pretrain") and not steps:
-        run.add_evaluation()
-    if run.step < steps:
-        parts = {part: getattr(agent, part) for part in (name, f"{name}_target", f"{name}_optimizer")}
-        update = capture(update, parts, buffer.rows.device)
-    for step in run.steps(steps, gradient=1, evaluate="end"):
-        run.metrics |= update((step + 1) % args.policy_frequency == 0)
-
-
-def online_finetune(
-    args: Args,
-    run: Run,
-    agent: Agent,
-    buffer: ReplayBuffer,
-    balanced: BalancedReplay | None,
-    collector: Collector,
-    policy: Policy,
-) -> None:
-    """Phase 3: act, store, utd gradient steps of Eq. 2 (Q_off, Q_on) and Eq. 4 (policy). Vanilla: TD3 on Q_off."""
-    with_q_on = args.opt and args.q_on
-    # With kappa = 1 throughout, Q_off never reaches the policy: it is not updated.
-    with_q_off = not (with_q_on and args.kappa_init == args.kappa_end == 1)
-    kappa = torch.zeros((), device=buffer.rows.device)
-    sample = balanced.tree.sample if balanced else getattr(buffer, f"sample_{args.replay}")
-    critics = [("q_off", agent.q_off, agent.q_off_target, agent.q_off_optimizer)] if with_q_off else []
-    critics += [("q_on", agent.q_on, agent.q_on_target, agent.q_on_optimizer)] if with_q_on else []
-
-    def update(update_policy: bool) -> dict:
-        rows = sample(args.batch_size)
-        batch = buffer[rows]
-        metrics = {"online_share": (rows >= buffer.n_offline).float().mean()}
-        next_actions = smoothed_actions(agent.actor_target, batch.next_observations, args.policy_noise, args.noise_clip)
-        for name, critic, critic_target, optimizer in critics:
-            target = td_target(critic_target, batch, next_actions, args.gamma)
-            critic_loss = td_loss(critic(batch.observations, batch.actions), target)  # Eq. 2, each with its own target
-            minimize(critic_loss, optimizer)
-            metrics[f"{name}_loss"] = critic_loss.detach()
-        if update_policy:
-            actions = agent.actor(batch.observations)
-            values = {name: value(critic, batch.observations, actions) for name, critic, _, _ in critics}
-            actor_loss = policy_loss(values.get("q_off"), values.get("q_on"), kappa)  # Eq. 4
-            minimize(actor_loss, agent.actor_optimizer)
-            for _, critic, critic_target, _ in critics:
-                soft_update(critic_target, critic, args.tau)
-            soft_update(agent.actor_target, agent.actor, args.tau)
-            metrics |= {"actor_loss": actor_loss.detach(), "q_mix_mean": -actor_loss.detach()}
-            metrics |= {f"{name}_mean": q.detach().mean() for name, q in values.items()}
-        if balanced:
-            metrics["density_ratio_loss"] = balanced.update(rows, batch)
-        return metrics
-
-    if run.begin("online_finetune"):
-        if balanced:
-            balanced.start(args.init_online_fraction)
-        if not args.opt:
-            collector.reset()
-    parts = agent.parts() | ({"balanced": balanced, "ratio_optimizer": balanced.optimizer} if balanced else {})
-    update = capture(update, parts, buffer.rows.device)
-    for step in run.steps(args.online_steps - (args.n_tau if args.opt else 0), env=1, gradient=args.utd):
-        policy.refresh()
-        row = collector.step(explore(args, policy, collector.observation))
-        if balanced:
-            balanced.add(row)
-        if with_q_on:  # Table 15's environment steps are those of the online phase, the first n_tau included [choice]
-            run.metrics["kappa"] = kappa_at(run.env_steps, args.kappa_init, args.kappa_end, args.kappa_decay)
-            kappa.fill_(run.metrics["kappa"])
-        for i in range(step * args.utd, (step + 1) * args.utd):
-            run.metrics |= update((i + 1) % args.policy_frequency == 0)
-
-
-def train(args: Args) -> float:
-    """Run all phases; returns the last evaluation's normalised score (mean return where D4RL has no reference)."""
-    args = resolve(args)
-    env, evaluation_env = make_env(args.env_id), make_env(args.env_id)
-    checkpoint = prepare_folder(args)
-    run = Run(args)
-    if checkpoint and checkpoint["phase"] == "done":
-        run.load_checkpoint(checkpoint)
-        print(f"{run.folder} is complete: score {run.last_score():.1f}")
-        return run.last_score()
-    offline = None
-    if args.offline_from and not checkpoint:
-        path = Path(args.offline_from)
-        path = path / "offline.pt" if path.is_dir() else path
-        offline = read_saved(path, "offline.pt", "write another --offline-from, a run's folder or its offline.pt")
-        refuse_differences(offline["args"], args, OFFLINE_ARGS, path, "leave out --offline-from")
-    device = torch.device(args.device)
-    if device.type == "cpu":
-        tune_cpu()
-    dataset = load_dataset(args.env_id, args.dataset, args.progress)
-    check_dataset(dataset, env, args)
-    scale, shift = reward_transform(args.env_id, dataset)
-    dataset = dataset._replace(rewards=scale * dataset.rewards + shift)
-    env = gym.wrappers.TransformReward(env, lambda reward: scale * reward + shift)
-
-    mean, std = np.zeros(dataset.observations.shape[1], np.float32), np.ones(dataset.observations.shape[1], np.float32)
-    if args.normalize_states:
-        mean = dataset.observations.mean(0, dtype=np.float64).astype(np.float32)
-        std = dataset.observations.std(0, dtype=np.float64).astype(np.float32) + np.float32(1e-3)
-
-    def normalize(observations: np.ndarray) -> np.ndarray:
-        """The same numbers offline and online."""
-        return (np.asarray(observations, np.float32) - mean) / std
-
-    if args.capture_video:
-        record_video(args.env_id, run.folder, None, normalize, args.seed)
-    dataset = dataset._replace(
-        observations=normalize(dataset.observations),
-        next_observations=normalize(dataset.next_observations),
-        actions=scale_actions(dataset.actions, evaluation_env),
-    )
-    buffer = ReplayBuffer(dataset, args.online_steps, device)
-    data = {
-        "size": buffer.n_offline,
-        "crc32": zlib.crc32(buffer.rows[: buffer.n_offline].cpu().numpy()),
-        "observation_mean": torch.from_numpy(mean),
-        "observation_std": torch.from_numpy(std),
-        "reward_scale": scale,
-    }
-    del dataset
-    for other, what in ((checkpoint, "the checkpoint"), (offline, "--offline-from")):
-        if other and not all(
-            torch.equal(torch.as_tensor(data[key]), torch.as_tensor(other["data"].get(key, math.nan))) for key in data
-        ):
-            raise bad_input(f"{what} was made with other data for {args.env_id}: give it the same --dataset")
-
-    agent = Agent(args, buffer.widths[0], buffer.widths[1], device)
-    torch.manual_seed(args.seed + 2_000)
-    balanced = BalancedReplay(buffer, args.batch_size, device) if args.replay == "balanced" else None
-    collector, policy = Collector(env, buffer, normalize, args.seed), Policy(agent.actor)
-    run.data = data
-    run.parts = (
-        agent.parts() | {"buffer": buffer, "collector": collector} | ({"balanced": balanced} if balanced else {})
-    )
-    run.evaluate = lambda: evaluate(policy, evaluation_env, normalize, args.env_id, args.eval_episodes, args.seed)
-    if args.reference_model:
-        run.estimation_bias = estimation_bias(args, run, agent, evaluation_env, normalize, device)
-    try:
-        if checkpoint:
-            run.load_checkpoint(checkpoint)
-        elif offline:
-            for name, part in agent.offline_parts.items():
-                part.load_state_dict(offline["parts"][name])
-                if isinstance(part, torch.optim.Adam):  # the file may come from another device
-                    part.param_groups[0]["capturable"] = device.type == "cuda"
-            run.phase, run.step = "offline", args.offline_steps
-            for name in ("evals", "gradient_steps", "seconds"):
-                setattr(run, name, offline[name])
-    except (KeyError, RuntimeError, ValueError) as error:
-        what = f"{'the checkpoint' if checkpoint else '--offline-from'} is of another version of {PROGRAM}"
-        advice = "take that version (git_commit in its args.json), or start a new run in another --run-dir"
-        raise bad_input(f"{what} ({brief(error)}): {advice}") from None
-    del checkpoint, offline
-    run.open()
-
-    if run.pending("offline"):
-        offline_pretrain(args, run, agent, buffer)
-        parts = {name: part.state_dict() for name, part in agent.offline_parts.items()}
-        state = {"kind": "offline.pt", "args": asdict(args), "data": data, "parts": parts}
-        state |= {"evals": run.evals, "gradient_steps": run.gradient_steps, "seconds": run.seconds}
-        write_whole(run.folder / "offline.pt", saved(state))
-    if args.opt and run.pending("collect"):
-        collect(args, run, collector, policy)
-    if args.opt and run.pending("online_pretrain"):
-        online_pretrain(args, run, agent, buffer)
-    if run.pending("online_finetune"):
-        online_finetune(args, run, agent, buffer, balanced, collector, policy)
-
-    if args.save_model:
-        networks = {name: part.state_dict() for name, part in agent.parts().items() if isinstance(part, nn.Module)}
-        model = {"kind": "model.pt", "args": asdict(args), "action_dim": buffer.widths[1], **data, **networks}
-        model["states"] = buffer.some_states()  # for report.py tsne
-        write_whole(run.folder / "model.pt", saved(model))
-    if args.capture_video:
-        record_video(args.env_id, run.folder, policy, normalize, args.seed)
-    run.finish()
-    return run.last_score()
 
 
 if __name__ == "__main__":
