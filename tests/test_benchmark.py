@@ -14,7 +14,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import td3_opt
 import tyro
 from conftest import ROOT
 
@@ -111,9 +110,7 @@ def test_every_command_parses():
     assert len(kinds) > 50
     for command in kinds.values():
         _, script, *flags = shlex.split(command)
-        name = Path(script).stem
-        module = importlib.import_module(name) if (ROOT / script).exists() else td3_opt  # the same flags in all
-        args = tyro.cli(module.Args, args=flags)
+        args = tyro.cli(importlib.import_module(Path(script).stem).Args, args=flags)
         given = values(command)
         assert args.env_id == given["--env-id"] and args.resume and not args.progress
         assert args.opt == ("_opt" in args.exp_name) == ("--no-opt" not in flags)
@@ -136,12 +133,8 @@ def test_tables_can_be_narrowed_and_shortened():
     commands = dry_run("table13", *narrow, "--online-steps", 20, "--", "--n-tau", 4, "--dataset", "a b.hdf5")
     assert len(commands) == 12
     for command in commands:
-        assert values(command)["--online-steps"] == "20" and shlex.split(command)[-4:] == [
-            "--n-tau",
-            "4",
-            "--dataset",
-            "a b.hdf5",
-        ]
+        assert shlex.split(command)[-4:] == ["--n-tau", "4", "--dataset", "a b.hdf5"]
+        assert values(command)["--online-steps"] == "20"
         assert values(command)["--offline-steps"] == ("0" if "rlpd_vanilla" in command else "10")
         # Beside the full runs, not among them.
         assert folder_of(command).endswith("__online20" if "rlpd_vanilla" in command else "__offline10_online20")
@@ -154,7 +147,7 @@ def test_the_slurm_array_has_the_same_commands(folder):
     extra = ["--", "--n-tau", 4, "--dataset", "a b.hdf5"]
     script = benchmark(folder, *options, "--jobs", 2, "--slurm", *extra, THREADS="3").stdout
     (folder / "job.slurm").write_text(script)
-    assert "#SBATCH --array=0-3\n" in script and "#SBATCH --cpus-per-task=6\n" in script and "--jobs 2" in script
+    assert "#SBATCH --array=0-3%2\n" in script and "#SBATCH --cpus-per-task=3\n" in script
     for word in ("--time=", "--mem=", "--gres=", "--requeue"):
         assert re.search(rf"^##?SBATCH {word}", script, re.M)
     commands = []
@@ -198,7 +191,7 @@ def test_usage_and_bad_input():
 
 
 STAND_IN = r"""#!/usr/bin/env bash
-trap 'echo got TERM; stopped=1' TERM
+trap 'echo got TERM; [[ -z ${stopped:-} ]] || exit 143; stopped=1' TERM
 nap() { # as a run does, it takes a while to stop
     sleep "${NAP:-0.3}" & wait
     [[ -z ${stopped:-} ]] || { sleep 0.5; sleep 0.5; exit 143; }
@@ -214,16 +207,25 @@ echo "$(date +%s.%N) start $name $seed gpu ${CUDA_VISIBLE_DEVICES-none} threads 
 nap
 touch "$folder/offline.pt"
 nap
+echo "online_finetune,300000,1500000,34.5,1,1,1,,720" >"$folder/evals.csv"
 echo "$(date +%s.%N) end $name $seed" >>events
 """
+BSD_XARGS = """#!/usr/bin/env bash
+[[ " $* " != *--process-slot-var* ]] || exit 1
+exec /usr/bin/xargs "$@"
+"""
+
+
+def write_program(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(0o755)
 
 
 @pytest.fixture
 def stand_in(folder) -> dict[str, str]:
     """PATH with a python that only takes note of what it is started with."""
     (folder / "bin").mkdir()
-    (folder / "bin" / "python").write_text(STAND_IN)
-    (folder / "bin" / "python").chmod(0o755)
+    write_program(folder / "bin" / "python", STAND_IN)
     return {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
 
 
@@ -231,21 +233,28 @@ def events(folder: Path) -> list[list[str]]:
     return [line.split() for line in (folder / "events").read_text().splitlines()]
 
 
-def test_jobs_share_gpus_and_offline_phases_come_first(folder, stand_in):
+@pytest.mark.parametrize("bsd, gpus", [(False, {"4", "7"}), (True, {"4,7"})])
+def test_units_go_side_by_side_and_share_gpus(folder, stand_in, bsd, gpus):
+    """A unit's runs go one after the other, the owner of the offline phase first."""
+    if bsd:
+        write_program(folder / "bin" / "xargs", BSD_XARGS)
     narrow = ("table1", "--env-ids", "A-v0", "--seeds", 3, "--jobs", 3)
     result = benchmark(folder, *narrow, CUDA_VISIBLE_DEVICES="4,7", **stand_in)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "6 of 6 runs are complete, 0 failed" in result.stdout
-    running, most, started = set(), 0, []
-    for _, what, *run in events(folder):
-        running ^= {tuple(run[:2])}
-        most = max(most, len(running))
+    assert result.stdout.count(": complete, score 34.5, 12 min\n") == 6
+    running, most, seen = {}, 0, set()
+    for _, what, name, seed, *run in events(folder):
         if what == "start":
-            started.append(run[:2])
-            assert run[3] in ("4", "7") and run[5] == "1"
-    assert most == 3 and not running
-    assert {run[0] for run in started[:3]} == {"td3"}  # while the owners are in their offline phase
-    assert {run[3] for _, what, *run in events(folder) if what == "start"} == {"4", "7"}
+            assert seed not in running and run[3] == "1"
+            running[seed] = name
+            seen.add(run[1])
+        else:
+            assert running.pop(seed) == name
+        most = max(most, len(running))
+    assert most == 3 and not running and seen == gpus
+    for seed in "012":
+        assert [name for _, what, name, s, *_ in events(folder) if (what, s) == ("start", seed)] == ["td3", "td3_opt"]
 
 
 def test_a_failure_is_reported_and_tried_again(folder, stand_in):
@@ -255,7 +264,8 @@ def test_a_failure_is_reported_and_tried_again(folder, stand_in):
     assert "failed: runs/A-v0__td3__1/benchmark.log: exit 1: td3-1: cannot" in result.stdout
     assert "failed: runs/A-v0__td3_opt__1/benchmark.log: exit 2: no offline.pt" in result.stdout
     result = benchmark(folder, *narrow, **stand_in)
-    assert result.returncode == 0 and "2 of 4 runs are complete already" in result.stdout
+    assert result.returncode == 0
+    assert "4 of 4 runs are complete, 0 failed; 2 were complete before" in result.stdout
     counts = Counter((name, seed) for _, what, name, seed, *_ in events(folder) if what == "start")
     assert counts == {("td3", "0"): 1, ("td3_opt", "0"): 1, ("td3", "1"): 2, ("td3_opt", "1"): 1}
 
@@ -280,9 +290,9 @@ def test_nobody_reads_on(folder, stand_in):
 def test_tables_share_their_finished_runs(folder, stand_in):
     narrow = ("--env-ids", "A-v0", "--seeds", 1)
     assert benchmark(folder, "table1", *narrow, **stand_in).returncode == 0
-    for table, count in (("ablation-q-on", 2), ("ablation-n-tau", 5), ("table1", 2)):
+    for table, before in (("ablation-q-on", 1), ("ablation-n-tau", 1), ("table1", 2)):
         result = benchmark(folder, table, *narrow, **stand_in)
-        assert result.returncode == 0 and f"of {count} runs are complete already" in result.stdout
+        assert result.returncode == 0 and f" 0 failed; {before} were complete before" in result.stdout
     starts = Counter(name for _, what, name, *_ in events(folder) if what == "start")
     assert starts["td3"] == starts["td3_opt"] == 1 and len(starts) == 7
 
@@ -293,38 +303,18 @@ def from_a_terminal() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-@pytest.mark.parametrize(
-    "number, status, slurm",
-    [
-        (signal.SIGINT, 130, False),
-        (signal.SIGTERM, 143, False),
-        (signal.SIGHUP, 129, False),
-        (signal.SIGTERM, 143, True),
-    ],
-)
-def test_ctrl_c_stops_the_runs_first(folder, stand_in, number, status, slurm):
-    """Each run gets one signal: at a second one it would not wait for its checkpoint."""
-    command = ["bash", "benchmark.sh", "table1", "--env-ids", "A-v0", "--seeds", "4", "--jobs", "2"]
-    environment = {key: value for key, value in os.environ.items() if key != "SLURM_JOB_ID"} | stand_in
-    environment |= {"NAP": "60"} | ({"SLURM_JOB_ID": "1"} if slurm else {})
-    process = subprocess.Popen(
+def start_table(folder: Path, options: str, environment: dict[str, str], **how) -> subprocess.Popen:
+    clean = {key: value for key, value in os.environ.items() if key != "SLURM_JOB_ID"}
+    command = ["bash", "benchmark.sh", "table1", "--jobs", "2", *options.split()]
+    return subprocess.Popen(
         command,
         cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
+        env=clean | environment,
         text=True,
-        start_new_session=True,
         preexec_fn=from_a_terminal,
+        start_new_session=True,
+        **how,
     )
-    wait_for(lambda: (folder / "events").exists() and len(events(folder)) == 2)
-    os.killpg(process.pid, number)  # as a terminal does; the runs are in process groups of their own
-    for *_, pid in events(folder) if slurm else ():  # Slurm signals every process of a job
-        os.killpg(int(pid), number)
-    out, _ = process.communicate(timeout=20)
-    assert process.returncode == status and out.count(": stopped") == 2 and "0 of 8 runs are complete" in out
-    for seed in (0, 1):
-        log = (folder / "runs" / f"A-v0__td3__{seed}" / "benchmark.log").read_text()
-        assert log.count("got TERM") == 1
 
 
 def wait_for(condition, seconds: float = 300) -> None:
@@ -334,14 +324,36 @@ def wait_for(condition, seconds: float = 300) -> None:
         time.sleep(0.05)
 
 
+INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+
+
+@pytest.mark.parametrize(
+    "numbers, status, slurm",
+    [([INT], 130, False), ([TERM], 143, False), ([HUP], 129, False), ([TERM], 143, True), ([INT, INT], 130, False)],
+)
+def test_ctrl_c_stops_the_runs_first(folder, stand_in, numbers, status, slurm):
+    """Each run gets as many signals as benchmark.sh: at a second one it does not wait for its checkpoint."""
+    environment = stand_in | {"NAP": "60"} | ({"SLURM_JOB_ID": "1"} if slurm else {})
+    process = start_table(folder, "--env-ids A-v0 --seeds 4", environment, stdout=subprocess.PIPE)
+    wait_for(lambda: (folder / "events").exists() and len(events(folder)) == 2)
+    logs = [folder / "runs" / f"A-v0__td3__{seed}" / "benchmark.log" for seed in (0, 1)]
+    for sent, number in enumerate(numbers, 1):
+        os.killpg(process.pid, number)  # as a terminal does; the runs are in a process group of their own
+        if slurm:  # it signals every process of a job
+            os.killpg(os.getpgid(int(events(folder)[0][-1])), number)
+        wait_for(lambda sent=sent: all(log.read_text().count("got TERM") == sent for log in logs))
+    out, _ = process.communicate(timeout=20)
+    assert process.returncode == status and out.count(": stopped") == 2 and "0 of 8 runs are complete" in out
+    assert [log.read_text().count("got TERM") for log in logs] == [len(numbers)] * 2
+
+
 def test_runs_that_a_killed_benchmark_left_behind_are_waited_for(folder, stand_in):
-    command = ["bash", "benchmark.sh", "table1", "--env-ids", "A-v0", "--seeds", "2", "--jobs", "2"]
-    environment = os.environ | stand_in | {"NAP": "1.5"}
-    first = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL)
+    options = "--env-ids A-v0 --seeds 2"
+    first = start_table(folder, options, stand_in | {"NAP": "1.5"}, stdout=subprocess.DEVNULL)
     wait_for(lambda: (folder / "events").exists() and len(events(folder)) == 2)
     first.kill()
     first.wait()
-    assert subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL).returncode == 0
+    assert start_table(folder, options, stand_in, stdout=subprocess.DEVNULL).wait() == 0
     running = Counter()
     for _, what, name, seed, *_ in events(folder):
         running[name, seed] += 1 if what == "start" else -1
@@ -349,45 +361,41 @@ def test_runs_that_a_killed_benchmark_left_behind_are_waited_for(folder, stand_i
     assert not any(running.values())
 
 
+def test_a_killed_benchmark_starts_nothing_more(folder, stand_in):
+    first = start_table(folder, "--env-ids A-v0 --seeds 4", stand_in, stdout=subprocess.PIPE)
+    wait_for(lambda: (folder / "events").exists() and len(events(folder)) == 2)
+    first.kill()
+    first.wait()
+    out, _ = first.communicate(timeout=20)  # its output ends with the last process that it left behind
+    assert [name for _, what, name, *_ in events(folder) if what == "start"] == ["td3"] * 2
+    assert "2 of 8 runs are complete, 0 failed" in out
+
+
 def test_a_grid_of_real_runs_killed_in_the_middle(folder, home, pendulum_file):
     """8 runs, 2 at a time, one fails. Ctrl-C, then benchmark.sh is killed outright, its runs live on; then it ends."""
-    command = ["bash", "benchmark.sh", "table1", "--env-ids", "InvertedPendulum-v5", "--seeds", "4", "--jobs", "2"]
-    command += [
-        "--offline-steps",
-        "20",
-        "--online-steps",
-        "400",
-        "--",
-        "--n-tau",
-        "20",
-        "--n-pretrain",
-        "20",
-        "--utd",
-        "1",
-    ]
-    command += ["--batch-size", "8", "--eval-freq", "0", "--eval-episodes", "1", "--dataset", str(pendulum_file)]
+    options = "--env-ids InvertedPendulum-v5 --seeds 4 --offline-steps 20 --online-steps 400 -- --n-tau 20 --utd 1"
+    options += f" --n-pretrain 20 --batch-size 8 --eval-freq 0 --eval-episodes 1 --dataset {pendulum_file}"
     runs = {f"{name}-{seed}": folder / "runs" / f"InvertedPendulum-v5__{name}__{seed}__offline20_online400"
             for name in ("td3", "td3_opt") for seed in range(4)}  # fmt: skip
     runs["td3_opt-2"].mkdir(parents=True)
     (runs["td3_opt-2"] / "checkpoint.pt").write_text("no checkpoint")
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = os.environ | {"HOME": str(home), "PATH": path}
-    zeroth = subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, preexec_fn=from_a_terminal
-    )
-    wait_for(lambda: (runs["td3-0"] / "args.json").exists())
+    environment = {"HOME": str(home), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    zeroth = start_table(folder, options, environment, stdout=subprocess.DEVNULL)
+    evals = runs["td3-0"] / "evals.csv"
+    wait_for(lambda: evals.exists() and evals.read_text().count("\n") > 1)  # from args.json on it still gets ready
     zeroth.send_signal(signal.SIGINT)
     assert zeroth.wait() == 130
     assert "stopped, with a checkpoint" in (runs["td3-0"] / "benchmark.log").read_text()
-    first = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL)
+    first = start_table(folder, options, environment, stdout=subprocess.DEVNULL)
     wait_for(lambda: (runs["td3_opt-0"] / "args.json").exists())
     first.kill()
     first.wait()
     complete_before = {name for name, run in runs.items() if (run / "benchmark.done").exists()}
     assert len(complete_before) < 6
-    second = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert second.returncode == 1 and "7 of 8 runs are complete, 1 failed" in second.stdout, second.stdout
-    failed = [line for line in second.stdout.splitlines() if line.startswith("failed: ")]
+    second = start_table(folder, options, environment, stdout=subprocess.PIPE)
+    out, _ = second.communicate()
+    assert second.returncode == 1 and "7 of 8 runs are complete, 1 failed" in out, out
+    failed = [line for line in out.splitlines() if line.startswith("failed: ")]
     assert len(failed) == 1 and "__td3_opt__2__" in failed[0] and "checkpoint.pt is damaged" in failed[0]
     for name, run in runs.items():
         if name != "td3_opt-2":
