@@ -316,7 +316,7 @@ def start_table(folder: Path, options: str, environment: dict[str, str], **how) 
     )
 
 
-def wait_for(condition, seconds: float = 300) -> None:
+def wait_for(condition, seconds: float = 60) -> None:
     deadline = time.time() + seconds
     while not condition():
         assert time.time() < deadline
@@ -335,7 +335,8 @@ def test_ctrl_c_stops_the_runs_first(folder, stand_in, numbers, status, slurm):
     logs = [folder / "runs" / f"A-v0__td3__{seed}" / "benchmark.log" for seed in (0, 1)]
     for sent, number in enumerate(numbers, 1):
         os.killpg(process.pid, number)  # as a terminal does; the runs are in a process group of their own
-        if slurm:  # it signals every process of a job
+        if slurm:  # it signals every process of a job; two signals at the same moment would be one
+            time.sleep(0.3)
             os.killpg(os.getpgid(int(events(folder)[0][-1])), number)
         wait_for(lambda sent=sent: all(log.read_text().count("got TERM") == sent for log in logs))
     out, _ = process.communicate(timeout=20)
