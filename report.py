@@ -63,8 +63,8 @@ BOOKKEEPING += " capture_video progress wandb_project_name wandb_entity wandb_id
 # Arguments that make the variants of one row: beside these its columns of one backbone may differ in nothing.
 VARIANT = "opt q_on q_on_init replay kappa_init kappa_end kappa_decay init_online_fraction random_steps"
 VARIANT += " offline_steps online_steps n_tau n_pretrain"
-PHASES = ("offline", "collect", "online_pretrain", "online_finetune")
-RATES = [f"{phase}_gradient_steps_per_second" for phase in PHASES if phase != "collect"]
+PHASES = ("vae", "offline", "collect", "online_pretrain", "online_finetune")
+RATES = [f"{phase}_gradient_steps_per_second" for phase in PHASES if phase not in ("vae", "collect")]
 HOURS = ["offline_hours", "online_hours", "hours_in_all"]
 STEPS = "offline vae online n_tau n_pretrain utd"
 SCORES = f"row table task {STEPS} variant seeds mean interval last_five last_five_interval paper paper_interval".split()
@@ -459,7 +459,7 @@ def critic_values(of: tuple, states: torch.Tensor, actions: torch.Tensor | None 
     states = (states - model["observation_mean"]) / model["observation_std"]
     actions = agent.actor(states) if actions is None else actions
     critics = {name: getattr(agent, name) for name in ("q_off", "q_on") if hasattr(agent, name)}
-    return actions, {name: script.value(critic, states, actions) for name, critic in critics.items()}
+    return actions, {name: script.policy_value(critic, states, actions) for name, critic in critics.items()}
 
 
 @torch.no_grad()
@@ -485,7 +485,7 @@ def estimation_bias(folder: Path, reference: tuple) -> pd.DataFrame:
         if "q_on" in q and env_steps:
             kappa = script.kappa_at(env_steps, args["kappa_init"], args["kappa_end"], args["kappa_decay"])
             mix = (1 - kappa) * q["q_off"] + kappa * q["q_on"]
-        columns = {"q_off_bias": q["q_off"], "q_on_bias": q.get("q_on", math.nan), "q_mix_bias": mix}
+        columns = {"q_off_bias": q["q_off"], "q_on_bias": q.get("q_on", math.nan * mix), "q_mix_bias": mix}
         key = folder.resolve().name, PHASES[phase], env_steps, gradient_steps
         bias[key] = pd.DataFrame(columns).rename_axis("pair")
     return pd.concat(bias, names=["run", "phase", "env_steps", "gradient_steps"]).reset_index()

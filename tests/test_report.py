@@ -1,16 +1,18 @@
 """report.py on made-up runs whose means, intervals and IQM are computed here by other means."""
 
-import csv
+import dataclasses
+import importlib
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from runs import rows, run_script
 
 sys.path.insert(0, str(ROOT))
 import report
@@ -42,18 +44,12 @@ def write_run(runs: Path, variant: str, env_id: str, seed: int, scores: list[flo
 def no_figures(monkeypatch):
     """Figures take most of the time; one test draws them."""
     for name in ("draw_curves", "draw_scores"):
-        monkeypatch.setattr(report, name, lambda table, steps, path: path)
-
-
-def csv_rows(path: Path) -> list[dict]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+        monkeypatch.setattr(report, name, lambda table, runs, path: path)
 
 
 def make(runs: Path, out: Path) -> tuple[str, list[dict], list[dict]]:
     text = report.report(runs, out)
-    totals = out / "totals.csv"
-    return text, csv_rows(out / "scores.csv"), csv_rows(totals) if totals.exists() else []
+    return text, rows(out, "scores.csv"), rows(out, "totals.csv") if (out / "totals.csv").exists() else []
 
 
 def left_out(text: str) -> list[str]:
@@ -140,12 +136,13 @@ def test_what_cannot_be_used_is_named_and_counts_nowhere(runs, no_figures, tmp_p
     (half / "evals.csv").write_text((half / "evals.csv").read_text()[:-12])
     uncut = write_run(runs, "td3", env, 2, [1, 2, 3])  # as many fields as a row, but the last one may be cut
     (uncut / "evals.csv").write_text((uncut / "evals.csv").read_text()[:-1])
-    write_run(runs, "td3", env, 3, [1, 2, float("nan")])
+    not_a_number = write_run(runs, "td3", env, 3, [1, 2, float("nan")])
     (runs / "never_started").mkdir()
     (runs / "never_started" / "benchmark.log").write_text("no\n")
     (write_run(runs, "td3", env, 4, [1, 2, 3]) / "args.json").write_text('{"env_id": "hop')
     (write_run(runs, "td3", env, 5, [1, 2, 3]) / "args.json").write_text('{"env_id": "hopper-random-v2"}')
-    (write_run(runs, "td3", env, 6, [1, 2, 3]) / "evals.csv").unlink()
+    no_scores = write_run(runs, "td3", env, 6, [1, 2, 3])
+    (no_scores / "evals.csv").unlink()
     (write_run(runs, "td3", env, 7, [1, 2, 3]) / "evals.csv").write_text("phase,env_st")
     offline_only = write_run(runs, "td3", env, 8, [1, 2, 3], online_steps=0)
     (offline_only / "evals.csv").write_text(EVALS + "offline,0,0,1,10,1,9,,1\noffline,0,1000000,2,20,1,9,,1\n")
@@ -154,20 +151,20 @@ def test_what_cannot_be_used_is_named_and_counts_nowhere(runs, no_figures, tmp_p
     assert after == list(before)
     notes = left_out(text)
     expected = {
-        f"{unfinished}: unfinished (online_finetune, environment step 150000 of 300000)": 1,
-        f"{half / 'evals.csv'}, line 4: half-written": 1,
-        f"{half}: unfinished": 1,
-        f"{offline_only}: has no online steps": 1,
-        f"{uncut / 'evals.csv'}, line 4: half-written": 1,
-        f"{uncut}: unfinished": 1,
-        "no finite score at environment step 300000": 1,
-        "its last score is not finite": 1,
-        "never_started: no readable args.json": 1,
-        "no readable args.json (JSONDecodeError)": 1,
+        f"{unfinished}: no finished online phase (online_finetune, environment step 150000 of 300000)": 1,
+        f"{half / 'evals.csv'}, line 4: half-written or not finite": 1,
+        f"{half}: no finished online phase": 1,
+        f"{offline_only}: no finished online phase (offline, environment step 0 of 0)": 1,
+        f"{uncut / 'evals.csv'}, line 4: half-written or not finite": 1,
+        f"{uncut}: no finished online phase": 1,
+        f"{not_a_number / 'evals.csv'}, line 4: half-written or not finite": 1,
+        f"{not_a_number}: no finished online phase": 1,
+        f"No such file or directory: '{runs / 'never_started' / 'args.json'}'": 1,
+        "__4__1000000_300000_25000: args.json is damaged": 1,
         "args.json has no device_name": 1,
-        "evals.csv does not exist": 1,
-        "unfinished (start, environment step 0 of 300000)": 2,
-        "evals.csv: no column env_steps, normalized_score, return_mean, left out": 1,
+        f"No such file or directory: '{no_scores / 'evals.csv'}'": 1,
+        "no finished online phase (start, environment step 0 of 300000)": 1,
+        "evals.csv: no column phase, env_steps, normalized_score, return_mean, left out": 1,
         f"{twice}: the same variant, task, seed and steps as": 1,
     }
     for words, count in expected.items():
@@ -179,21 +176,35 @@ def test_a_nan_in_the_middle_costs_one_point_of_the_curve(no_figures, tmp_path):
     folder = write_run(tmp_path / "runs", "td3", "hopper-random-v2", 0, [1, float("nan"), 3])
     text, scores, _ = make(tmp_path / "runs", tmp_path / "out")
     assert float(scores[0]["mean"]) == 3
-    assert left_out(text) == [f"{folder / 'evals.csv'}: no finite score at environment step 150000, left out"]
+    assert left_out(text) == [f"{folder / 'evals.csv'}, line 3: half-written or not finite, left out"]
 
 
-def test_curves_show_each_seed_and_span_the_seeds_alone(monkeypatch, tmp_path):
-    """Two seeds' interval is 12.7 standard errors to each side: it must not set the axis."""
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are saved, by file name."""
     figures = {}
-    monkeypatch.setattr(report, "save", lambda figure, path: figures.update({path.name: figure}) or path)
+    monkeypatch.setattr(report.plt, "close", lambda figure: None)
+    monkeypatch.setattr(report.plt.Figure, "savefig", lambda figure, path, **_: figures.update({path.name: figure}))
+    yield figures
+    monkeypatch.undo()
+    report.plt.close("all")
+
+
+def test_curves_show_each_seed_and_span_the_seeds_alone_and_their_titles_fit(figures, tmp_path):
+    """Two seeds' interval is 12.7 standard errors to each side: it must not set the axis."""
+    steps = {"offline_steps": 123_456, "n_tau": 12_345, "n_pretrain": 123_456, "utd": 7}
     for seed, scores in enumerate(([0, 10, 20], [0, 30, 100])):
-        write_run(tmp_path / "runs", "td3", "hopper-random-v2", seed, scores)
+        write_run(tmp_path / "runs", "td3_opt", "hopper-random-v2", seed, scores, **steps)
     make(tmp_path / "runs", tmp_path / "out")
     axis = figures["table1-curves.png"].axes[0]
-    assert [list(line.get_ydata()) for line in axis.lines] == [[0, 10, 20], [0, 30, 100], [0, 20, 60]]  # and their mean
+    lines = [list(line.get_ydata()) for line in axis.lines if len(line.get_ydata()) == 3]
+    assert lines == [[0, 10, 20], [0, 30, 100], [0, 20, 60]]  # and their mean
     assert axis.get_ylim() == (-5, 105)
-    for figure in figures.values():
-        report.plt.close(figure)
+    for name in ("table1-curves.png", "table1-scores.png"):
+        figures[name].draw_without_rendering()
+        title, panel = (of.get_window_extent() for of in (figures[name]._suptitle, figures[name].axes[0]))
+        assert "N_pretrain 123,456" in figures[name]._suptitle.get_text()
+        assert 0 < title.x0 < title.x1 < figures[name].bbox.x1 and title.y0 > panel.y1
 
 
 def test_other_steps_are_other_rows(runs, no_figures, tmp_path):
@@ -244,7 +255,7 @@ def test_the_mean_of_the_last_five_online_evaluations_stands_below(no_figures, t
 def test_tasks_with_other_vae_steps_are_other_rows_and_other_commits_are_named(no_figures, tmp_path):
     runs = tmp_path / "runs"
     write_run(runs, "spot", "antmaze-umaze-v2", 0, [0, 1], vae_steps=100_000, git_commit="a", eval_freq=5)
-    write_run(runs, "spot", "antmaze-umaze-v2", 1, [0, 1], vae_steps=100_000, git_commit="b", eval_freq=7)
+    write_run(runs, "spot", "antmaze-umaze-v2", 1, [0, 1], vae_steps=100_000, script_blob="b", eval_freq=7, script="s")
     write_run(runs, "spot", "antmaze-umaze-diverse-v2", 0, [0, 1], vae_steps=10)
     text, *_ = make(runs, tmp_path / "out")
     assert "| antmaze-umaze-v2 | 1,000,000 + 300,000 |" in text
@@ -252,7 +263,8 @@ def test_tasks_with_other_vae_steps_are_other_rows_and_other_commits_are_named(n
     notes = [note for note in left_out(text) if note.startswith("table2")]
     assert [note.split(":")[1] for note in notes] == [
         " one cell mixes --eval_freq 5, 7",
-        ' one cell mixes --git_commit "a", "b"',
+        ' one cell mixes --git_commit "a", null',
+        ' one cell mixes --script_blob "b", null',
     ]
 
 
@@ -269,10 +281,10 @@ def test_a_run_that_is_not_what_its_name_says_is_named(no_figures, tmp_path, var
 
 
 def test_a_half_written_header(no_figures, tmp_path):
-    write_run(tmp_path / "runs", "td3", "hopper-random-v2", 0, [0, 1])
-    folder = write_run(tmp_path / "runs", "td3", "hopper-random-v2", 1, [0, 1])
-    (folder / "evals.csv").write_text("phase,env_steps,gradi\nonline_finetune,300000,5\n")
-    (folder / "speed.csv").write_text("phase,gradient_steps,env_st\noffline,1000,0\n")
+    whole = write_run(tmp_path / "runs", "td3", "hopper-random-v2", 0, [0, 1])
+    torn = write_run(tmp_path / "runs", "td3", "hopper-random-v2", 1, [0, 1])
+    (torn / "evals.csv").write_text("phase,env_steps,gradi\nonline_finetune,300000,5\n")
+    (whole / "speed.csv").write_text("phase,gradient_steps,env_st\noffline,1000,0\n")
     text, scores, _ = make(tmp_path / "runs", tmp_path / "out")
     assert scores[0]["seeds"] == "1" and "evals.csv: no column normalized_score, return_mean, left out" in text
     assert "speed.csv: no column seconds, gradient_steps_per_second, left out" in text
@@ -289,9 +301,9 @@ def test_n_tau_and_rlpd_share_rows_although_their_steps_differ(no_figures, tmp_p
     text, *_ = make(runs, tmp_path / "out")
     assert text.count("| hopper-random-v2 | 1,000,000 + 300,000 |") == 2  # table 1, because of td3_opt, and 13
     assert text.count("| hopper-random-v2 | 1,000,000 + 275,000 + N_tau |") == 1
-    online = {row["variant"]: row["online"] for row in csv_rows(tmp_path / "out" / "scores.csv")}
+    online = {row["variant"]: row["online"] for row in rows(tmp_path / "out", "scores.csv")}
     assert (online["td3_opt"], online["td3_opt_n_tau_6250"]) == ("300000", "281250")
-    steps = {row["variant"]: row["steps"] for row in csv_rows(tmp_path / "out" / "speed.csv")}
+    steps = {row["variant"]: row["steps"] for row in rows(tmp_path / "out", "speed.csv")}
     assert steps["td3_opt_n_tau_100000"] == "1,000,000 + 375,000"
     row = next(line for line in text.splitlines() if line.startswith("| hopper-random-v2") and "105.8 ± 1.3" in line)
     assert [cell.strip() for cell in row.split("|")][3:-1:2] == [f"{score:.1f} (1)" for score in (1, 2, 3, 4, 5)]
@@ -306,19 +318,21 @@ def test_a_readme_beside_the_runs_heads_the_report(runs, no_figures, tmp_path):
 
 
 def test_runs_that_no_table_has_are_shown_too(no_figures, tmp_path):
-    runs = tmp_path / "runs"
-    folder = write_run(runs, "my_idea", "InvertedPendulum-v5", 0, [1, 2])
+    """Their names promise nothing, so that whatever they are they are not left out."""
+    runs, own = tmp_path / "runs", {"opt": True, "q_on": False, "q_on_init": "joint", "n_pretrain": 1}
+    folder = write_run(runs, "my_idea", "InvertedPendulum-v5", 0, [1, 2], **own)
     text = (folder / "evals.csv").read_text().replace(",1,10,", ",nan,10,").replace(",2,20,", ",nan,20,")
     (folder / "evals.csv").write_text(text)
-    write_run(runs, "my_idea", "hopper-random-v2", 0, [1, 2])
+    write_run(runs, "my_idea", "hopper-random-v2", 0, [1, 2], **own)
     text, *_ = make(runs, tmp_path / "out")
-    assert "| InvertedPendulum-v5 (return) | 1,000,000 + 300,000, UTD 5 | 20.0 (1) |" in text
-    assert "| hopper-random-v2 | 1,000,000 + 300,000, UTD 5 | 2.0 (1) |" in text and "Table 1" not in text
+    assert "| InvertedPendulum-v5 (return) | 1,000,000 + 300,000, N_pretrain 1, UTD 5 | 20.0 (1) |" in text
+    assert "| hopper-random-v2 | 1,000,000 + 300,000, N_pretrain 1, UTD 5 | 2.0 (1) |" in text
+    assert "Table 1" not in text and left_out(text) == ["nothing"]
 
 
 def test_speed(runs, no_figures, tmp_path):
     make(runs, tmp_path / "out")
-    row = next(row for row in csv_rows(tmp_path / "out" / "speed.csv") if row["variant"] == "td3")
+    row = next(row for row in rows(tmp_path / "out", "speed.csv") if row["variant"] == "td3")
     assert (row["runs"], row["device"], row["threads"]) == ("6", "cpu", "1")
     assert float(row["offline_gradient_steps_per_second"]) == 9  # of 10, 9, 8, each twice
     assert float(row["online_finetune_gradient_steps_per_second"]) == 6.2
@@ -333,7 +347,7 @@ def test_speed_of_a_vae_counts_as_offline_and_a_run_without_speed_does_not_count
         file.write("vae,1000,0,3600,0.28\n")
     text, *_ = make(tmp_path / "runs", tmp_path / "out")
     assert text.endswith("to be looked at\n\n- nothing\n")
-    (row,) = csv_rows(tmp_path / "out" / "speed.csv")
+    (row,) = rows(tmp_path / "out", "speed.csv")
     assert row["runs"] == "1" and float(row["offline_hours"]) == pytest.approx(1 + 100 / 3600, abs=1e-4)
     assert float(row["online_hours"]) == pytest.approx(800 / 3600, abs=1e-4)
 
@@ -356,8 +370,8 @@ def test_odd_runs_are_named_and_crash_nothing(no_figures, tmp_path):
     broken.write_text(SPEED + "offline,1000,0,,\nonline_finetune,5000,1000,800,nan\n")
     text, *_ = make(runs, tmp_path / "out")
     notes = text.split("to be looked at")[1]
-    assert "says opt = False" in notes and "holds no arguments" in notes
-    assert "phase offline is not finite" in notes and "phase online_finetune is not finite" in notes
+    assert "says opt = False" in notes and "args.json has no device_name, env_id" in notes
+    assert "speed.csv, line 2: half-written or" in notes and "speed.csv, line 3: half-written or" in notes
 
 
 def test_every_number_of_the_paper_is_known():
@@ -372,66 +386,141 @@ def test_every_number_of_the_paper_is_known():
             assert {method for method, _ in paper[n]} == set(headings.values())
 
 
-def write_bias(folder: Path, with_q_on: bool = True) -> None:
-    lines = ["phase,env_steps,gradient_steps,pair,q_off_bias,q_on_bias,q_mix_bias\n"]
-    generator = np.random.default_rng(0)
-    for phase, env, steps in (
-        ("offline", 0, np.linspace(0, 1e6, 21)),
-        ("online_finetune", 5, np.linspace(1.05e6, 2.4e6, 30)),
-    ):
-        for step in steps.astype(int):
-            for pair in range(10):
-                off, on = 80 * np.exp(-step / 1e6) + generator.normal(0, 8), generator.normal(5, 3)
-                on, mix = (f"{on}", f"{0.5 * off + 0.5 * on}") if with_q_on and phase != "offline" else ("", "")
-                lines.append(f"{phase},{env},{step},{pair},{off},{on},{mix}\n")
-    folder.mkdir(parents=True)
-    (folder / "bias.csv").write_text("".join(lines) + "online_fine")
-
-
-def run_report(*arguments, cwd: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "report.py"), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
-
-
-def test_bias_and_tsne_figures(tmp_path, capsys, monkeypatch):
-    write_bias(tmp_path / "a"), write_bias(tmp_path / "b", with_q_on=False)
+def test_tsne(tmp_path, capsys, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     states = {name: torch.randn(60, 5, generator=generator) + i for i, name in enumerate(("offline", "first", "last"))}
-    torch.save({"kind": "model.pt", "states": states}, tmp_path / "a" / "model.pt")
-    for what, folders in (("bias", ("a", "b")), ("tsne", ("a",))):
-        monkeypatch.setattr(
-            sys, "argv", ["report.py", what, *(str(tmp_path / f) for f in folders), "--out", str(tmp_path)]
-        )
-        report.main()
-    out = capsys.readouterr().out
-    assert out.count("half-written") == 2 and "bias.png" in out and "tsne-a.png" in out
-    for name in ("bias.png", "tsne-a.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    torch.save({"kind": "model.pt", "states": states}, tmp_path / "model.pt")
+    out = run_report(monkeypatch, capsys, "tsne", tmp_path, "--out", tmp_path / "out")
+    assert f"tsne-{tmp_path.name}.png" in out
+    assert (tmp_path / "out" / f"tsne-{tmp_path.name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def run_report(monkeypatch, capsys, *arguments) -> str:
+    monkeypatch.setattr(sys, "argv", ["report.py", *map(str, arguments)])
+    report.main()
+    return capsys.readouterr().out
+
+
+def random_model(script: str, seed: int = 0, **changes) -> dict:
+    """A model.pt or snapshot as the script would write it, of an untrained agent."""
+    module = importlib.import_module(script)
+    args = module.resolve(module.Args(env_id="InvertedPendulum-v5", device="cpu", seed=seed))
+    args = dataclasses.replace(args, **changes)
+    parts = module.Agent(args, 4, 1, torch.device("cpu")).parts()
+    networks = {name: part.state_dict() for name, part in parts.items() if isinstance(part, torch.nn.Module)}
+    generator = torch.Generator().manual_seed(seed)
+    facts = {"kind": "model.pt", "script": f"{script}.py", "args": dataclasses.asdict(args), "action_dim": 1}
+    facts |= {"observation_mean": torch.randn(4, generator=generator), "reward_scale": float(seed + 1)}
+    return facts | {"observation_std": torch.rand(4, generator=generator) + 0.5} | networks
+
+
+def save_snapshot(model: dict, run: Path, name: str) -> Path:
+    (run / "snapshots").mkdir(parents=True, exist_ok=True)
+    torch.save(model, run / "snapshots" / f"{name}.pt")
+    return run
+
+
+@torch.no_grad()
+def values(model: dict, reduce, actions: torch.Tensor | None = None) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The actions and both critics' values at the 10 initial states; the agent's own actions if there are none."""
+    module = importlib.import_module(model["script"].removesuffix(".py"))
+    agent, env = module.Agent(module.Args(**model["args"]), 4, 1, torch.device("cpu")), gym.make("InvertedPendulum-v5")
+    for name in ("actor", "q_off", "q_on"):
+        getattr(agent, name).load_state_dict(model[name])
+    states = np.stack([env.reset(seed=2_000_000 + pair)[0] for pair in range(10)])
+    states = (torch.tensor(states, dtype=torch.float32) - model["observation_mean"]) / model["observation_std"]
+    actions = agent.actor(states) if actions is None else actions
+    return actions, [reduce(critic(states, actions)) for critic in (agent.q_off, agent.q_on)]
+
+
+FIRST = {"td3_opt": lambda q: q[0], "spot_opt": lambda q: q[0]}
+REDUCE = FIRST | {"iql_opt": lambda q: q.amin(0), "rlpd_opt": lambda q: q.mean(0)}
+
+
+@pytest.mark.parametrize("script", REDUCE)
+def test_estimation_bias_is_in_each_agents_normalisation_and_the_runs_unit(script, tmp_path):
+    """kappa is 0 before the first environment step, then the schedule's; the reference is another script's agent."""
+    model = random_model(script, 1, kappa_init=0.2, kappa_end=0.6, kappa_decay=100)
+    reference = random_model("td3_opt", 4)
+    for name in ("online_finetune-25-90", "offline-0-100"):  # in the order of the phases, not of the names
+        run = save_snapshot(model, tmp_path / "run", name)
+    torch.save(reference, tmp_path / "model.pt")
+    bias = report.estimation_bias(run, report.load_agent(tmp_path / "model.pt", ""))
+    actions, (_, truth) = values(reference, REDUCE["td3_opt"])
+    off, on = (value - truth * 2 / 5 for value in values(model, REDUCE[script], actions)[1])  # reward_scale 2 and 5
+    assert bias.gradient_steps.tolist() == [100] * 10 + [90] * 10 and bias.pair.tolist() == [*range(10), *range(10)]
+    for name, expected in (("off", [*off, *off]), ("on", [*on, *on]), ("mix", [*off, *(0.7 * off + 0.3 * on)])):
+        assert bias[f"q_{name}_bias"].tolist() == pytest.approx([float(x) for x in expected], abs=1e-5)
+    assert on.abs().min() > 1e-3 and (on - off).abs().min() > 1e-3
+
+
+def test_estimation_bias_of_a_run_against_its_own_last_model(home, pendulum_file, tmp_path, capsys, monkeypatch):
+    run, vanilla, without_q_on = tmp_path / "run", tmp_path / "vanilla", random_model("td3_opt", opt=False)
+    for name in ("offline-0-0", "online_finetune-5-9"):
+        save_snapshot(without_q_on, vanilla, name)
+    arguments = "--env-id InvertedPendulum-v5 --offline-steps 20 --online-steps 60 --n-tau 20 --n-pretrain 20".split()
+    arguments += ["--dataset", pendulum_file, "--run-dir", run, "--snapshots", "--eval-freq", 20, "--eval-episodes", 1]
+    result = run_script("td3_opt", home, *arguments, "--batch-size", 16, "--no-progress")
+    assert result.returncode == 0, result.stderr
+    run_report(monkeypatch, capsys, "bias", run, vanilla, "--reference", run, "--out", tmp_path / "out")
+    assert (tmp_path / "out" / "bias.png").read_bytes().startswith(b"\x89PNG")
+    bias = rows(tmp_path / "out", "bias.csv")
+    names = ["phase", "env_steps", "gradient_steps"]
+    assert list(bias[0]) == ["run", *names, "pair", "q_off_bias", "q_on_bias", "q_mix_bias"]
+    of_run, of_vanilla = ([row for row in bias if row["run"] == name] for name in ("run", "vanilla"))
+    evaluations = [[row[name] for name in names] for row in rows(run)]
+    assert [[row[name] for name in names] for row in of_run] == [row for row in evaluations for _ in range(10)]
+    for row in of_run[-10:]:
+        assert float(row["q_on_bias"]) == 0 != float(row["q_off_bias"])
+        assert float(row["q_mix_bias"]) == pytest.approx(0.1 * float(row["q_off_bias"]), abs=1e-3)  # kappa ends at 0.9
+    assert any(abs(float(row["q_on_bias"])) > 1e-3 for row in of_run[:10])
+    assert len(of_vanilla) == 20
+    assert all(row["q_on_bias"] == "" and row["q_mix_bias"] == row["q_off_bias"] != "" for row in of_vanilla)
 
 
 def test_bad_input_is_one_line_and_status_2(tmp_path, capsys, monkeypatch):
-    (tmp_path / "old").mkdir()
-    torch.save({"kind": "model.pt"}, tmp_path / "old" / "model.pt")
+    model = random_model("td3_opt")
+    torch.save({"kind": "model.pt"}, tmp_path / "old.pt")
+    (tmp_path / "damaged.pt").write_bytes(b"PK")
+    torch.save(model, tmp_path / "model.pt")
+    torch.save(model | {"script": "lost.py"}, tmp_path / "lost.pt")
+    torch.save(model | {"script": "iql_opt.py"}, tmp_path / "iql.pt")
+    torch.save(model | {"args": model["args"] | {"env_id": "hopper-medium-v2"}}, tmp_path / "hopper.pt")
+    for maze in ("umaze", "medium"):
+        mazes = model | {"args": model["args"] | {"env_id": f"antmaze-{maze}-play-v2"}}
+        torch.save(save_snapshot(mazes, tmp_path / maze, "offline-0-0") and mazes, tmp_path / f"{maze}.pt")
+    save_snapshot(model, tmp_path / "run", "offline-0-0")
+    (save_snapshot(model, tmp_path / "torn", "offline-0-0") / "snapshots" / "offline-0-9.pt").write_bytes(b"PK")
+    (tmp_path / "empty" / "snapshots").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     cases = {
-        "--runs": "runs is no folder",
+        "": "runs is no folder",
         "histogram": "invalid choice",
-        "tsne": "one run folder",
-        "tsne a b": "one run folder",
-        "bias": "one or more",
-        "tsne runs/none": "no model.pt",
-        "tsne old": "holds no states",
-        "bias runs/none": "--reference-model",
+        "--runs empty/snapshots": "empty/snapshots holds no run: start one first",
+        "tsne": "or tsne RUN",
+        "tsne a b": "or tsne RUN",
+        "bias --reference model.pt": "bias RUN ...",
+        "bias run": "--reference MODEL.pt",
         "tables runs": "--runs",
+        "tsne runs/none": "none/model.pt cannot be read (FileNotFoundError)",
+        "tsne .": "which has states",
+        "bias run --reference none.pt": "none.pt cannot be read (FileNotFoundError): write another --reference",
+        "bias run --reference damaged.pt": "damaged.pt cannot be read",
+        "bias run --reference old.pt": "which has script and args",
+        "bias run --reference lost.pt": "does not fit",
+        "bias run --reference iql.pt": "iql_opt.py (",
+        "bias run --reference hopper.pt": "run is of InvertedPendulum, --reference of hopper",
+        "bias medium --reference umaze.pt": "medium is of antmaze-medium, --reference of antmaze-umaze",
+        "bias torn --reference .": "offline-0-9.pt cannot be read",
+        "bias run empty --reference .": "empty has no snapshots: run it with --snapshots",
+        "bias none --reference .": "none has no snapshots",
     }
     for arguments, words in cases.items():
-        words, arguments = (words, []) if arguments == "--runs" else (words, arguments.split())
-        monkeypatch.setattr(sys, "argv", ["report.py", *arguments])
         with pytest.raises(SystemExit) as error:
-            report.main()
+            run_report(monkeypatch, capsys, *arguments.split())
         message = capsys.readouterr().err
         assert error.value.code == 2 and message.startswith("report.py: ") and message.count("\n") == 1, message
-        assert words in message
+        assert words in message, (arguments, message)
 
 
 def test_discounted_returns_by_hand():
@@ -451,12 +540,6 @@ def test_largest_curvature_of_a_quadratic():
     (x, y), z = parameters
     gradients = torch.autograd.grad(x**2 + 3 * y**2 - 5 * z**2 / 2, parameters, create_graph=True)
     assert largest_curvature(gradients, parameters) == pytest.approx(6, abs=1e-3)
-
-
-def test_an_empty_folder_says_so(tmp_path):
-    (tmp_path / "runs").mkdir()
-    result = run_report(cwd=tmp_path)
-    assert result.returncode == 2 and result.stderr.startswith("report.py: runs holds no run"), result.stderr
 
 
 def test_the_kept_runs_make_the_kept_scores(no_figures, tmp_path):
