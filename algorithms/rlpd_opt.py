@@ -42,7 +42,6 @@ import re
 import signal
 import sys
 import time
-import urllib.error
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -98,9 +97,7 @@ class Args:
     gamma: float = 0.99  # discount
     tau: float = 0.005  # step of the target critics
     ensemble_size: int = 10  # critics of an ensemble
-    subset_size: int | None = (
-        None  # target critics, drawn anew each step, of which the least counts; None: 2, AntMaze 1
-    )
+    subset_size: int | None = None  # target critics drawn for a step, of which the least counts; None: 2, AntMaze 1
     backup_entropy: bool | None = None  # whether targets count the policy's entropy; None: yes, AntMaze and Adroit no
     hidden_layers: int | None = None  # of 256, in policy and critics; None: 2, on AntMaze and Adroit 3 (RLPD's README)
     normalize_states: bool = False  # by the dataset's mean and std, offline and online (RLPD's code does not)
@@ -110,9 +107,7 @@ class Args:
     snapshots: bool = False  # keep a model at each evaluation, for `report.py bias` (Figs. 9, 10)
     capture_video: bool = False  # write an mp4 of one evaluation episode at the end
     # folder
-    exp_name: str | None = (
-        None  # name of the variant in the run's folder; None: rlpd_opt, rlpd (off-to-on), or rlpd_vanilla
-    )
+    exp_name: str | None = None  # of the variant, in the folder's name; None: rlpd_opt, rlpd (off-to-on), rlpd_vanilla
     run_dir: str | None = None  # the run's folder; None: runs/<env_id>__<exp_name>__<seed>
     offline_from: str | None = None  # start at phase 2 from the offline.pt of another run of the same task and seed
     checkpoint_freq: int = 50_000  # gradient (collecting: environment) steps between two; 0: only on Ctrl-C or SIGTERM
@@ -858,7 +853,8 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
             env.unwrapped.ant_env.unwrapped._reset_noise_scale = 0.1  # D4RL's; without it all episodes start the same
             env = gym.wrappers.FilterObservation(env, ("achieved_goal", "observation"))  # D4RL's 2 + 27 numbers
             env = gym.wrappers.FlattenObservation(env)
-        if render_mode:  # whether this machine can
+        if render_mode:  # whether this machine can, and moviepy is there to write the video
+            importlib.import_module("moviepy")
             env.reset()
             env.render()
     except (gym.error.UnregisteredEnv, gym.error.DeprecatedEnv):
@@ -869,8 +865,9 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
         raise bad_input(f"--env-id {env_id} cannot be {what} ({one_line(error)}): {advice}") from None
     spaces = (env.observation_space, env.action_space)
     flat = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
+    found = " and ".join(f"{type(space).__name__}{space.shape or ''}" for space in spaces)
     what = "its observations and actions have to be flat Boxes, the actions' with finite bounds"
-    require(flat and spaces[1].is_bounded(), f"--env-id {env_id} has {spaces[0]} and {spaces[1]}: {what}")
+    require(flat and spaces[1].is_bounded(), f"--env-id {env_id} has {found}: {what}")
     return env
 
 
@@ -970,9 +967,12 @@ def read_minari(dataset_id: str | None, env_id: str, progress: bool) -> Transiti
         bar = {"total": len(episodes), "unit": "episode", "disable": not progress}
         for episode in tqdm(episodes, f"reading {dataset_id}", **bar):
             observations, actions, rewards = episode.observations, episode.actions, episode.rewards
-            terminals = episode.terminations
+            terminals, dicts = episode.terminations, isinstance(observations, dict)
+            lengths = {len(column) - 1 for column in (observations.values() if dicts else [observations])}
+            if lengths != {len(column) for column in (actions, rewards, terminals)}:
+                raise ValueError(f"episode {episode.id} has columns of different lengths")
             if antmaze:
-                fits = isinstance(observations, dict) and "achieved_goal" in observations
+                fits = dicts and "achieved_goal" in observations
                 require(fits, f"--dataset {dataset_id} is no AntMaze dataset: write one for {env_id}")
                 positions = observations["achieved_goal"]
                 steps, rewards = relabel_antmaze(positions, env.unwrapped.goal)
@@ -981,8 +981,6 @@ def read_minari(dataset_id: str | None, env_id: str, progress: bool) -> Transiti
             dicts = isinstance(observations, dict) or isinstance(actions, dict)
             require(not dicts, f"{what} has dict observations or actions: write one whose spaces are Boxes")
             row = (observations[:-1], actions, rewards, observations[1:], terminals)
-            if len(set(map(len, row))) > 1:
-                raise ValueError(f"episode {episode.id} has columns of different lengths")
             for column, values in zip(columns.values(), row, strict=True):
                 column.append(np.asarray(values, np.float32))
     except Exception as error:  # Minari has no error of its own for a dataset that is half written
@@ -1018,21 +1016,21 @@ def load_dataset(env_id: str, dataset: str | None = None, progress: bool = True)
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
+    except OSError as error:
+        raise bad_input(f"cannot write {own_cache} ({one_line(error)}): set XDG_CACHE_HOME to another folder") from None
+    try:
         if env_id.endswith("-random-v2"):
             regenerate_random(env_id, temporary, progress)
         else:
             torch.hub.download_url_to_file(D4RL_URL + name, str(temporary), progress=progress)
-        columns = read_hdf5(temporary)
-        temporary.replace(own_cache)  # what has the final name is complete
-        return columns
-    except urllib.error.URLError as error:
-        why = f"it is not at {d4rl_cache}, and {D4RL_URL}{name} cannot be read ({one_line(error)})"
-        raise bad_input(f"no data for {env_id}: {why}. {WAYS}") from None
+        h5py.File(temporary).close()  # a download that broke ends here: what has the final name is complete
+        temporary.replace(own_cache)
     except OSError as error:
-        where = f"cannot write {own_cache} ({one_line(error)})"
-        raise bad_input(f"{where}: make room, or set XDG_CACHE_HOME to another folder") from None
+        why = f"it is not at {d4rl_cache}, and getting {D4RL_URL}{name} failed ({one_line(error)})"
+        raise bad_input(f"no data for {env_id}: {why}. {WAYS}") from None
     finally:
         temporary.unlink(missing_ok=True)
+    return read_hdf5(own_cache)
 
 
 def check_dataset(dataset: Transitions, env: gym.Env, args: Args) -> None:
@@ -1246,13 +1244,13 @@ class Run:
                 self.tracker = wandb.init(**names, resume="allow", config=args, sync_tensorboard=True)
             except Exception as error:  # not installed, not logged in, not reached
                 raise bad_input(f"--track: {one_line(error)}: run wandb login, or set WANDB_MODE=offline") from None
+        with contextlib.suppress(ValueError):  # of a thread that is not the main one
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.old_handlers[number] = signal.signal(number, self.on_signal)
         save(path, json.dumps(args | facts, indent=2))
         self.append("evals")
         self.append("speed")
         self.writer = SummaryWriter(str(self.folder), purge_step=self.gradient_steps + 1 if state else None)
-        with contextlib.suppress(ValueError):  # of a thread that is not the main one
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.old_handlers[number] = signal.signal(number, self.on_signal)
 
     def on_signal(self, number: int, frame) -> None:
         """The first Ctrl-C or SIGTERM asks for a checkpoint and the end, a second one does not wait."""
@@ -1404,7 +1402,8 @@ def load(path: Path, kind: str, args: Args, names: Iterable[str], advice: str, o
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # torch raises half a dozen kinds for a truncated file
-        raise bad_input(f"{path} cannot be read ({one_line(error)}): {advice}") from None
+        what = "is damaged" if path.exists() else "does not exist"
+        raise bad_input(f"{path} {what} ({one_line(error)}): {advice}") from None
     require(isinstance(state, dict) and state.get("kind") == kind, f"{path} is no {kind}: {advice}")
     pairs = {name: (state["args"].get(name), getattr(args, name)) for name in names}
     flags = [f"--{name.replace('_', '-')} {old} (now {new})" for name, (old, new) in pairs.items() if old != new]

@@ -10,13 +10,14 @@ Along an eigenvector of positive curvature c, a gradient step lowers a quadratic
 import copy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch.func import functional_call
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "algorithms"))
-from td3_opt import Actor, Critic, Dataset, load_dataset, smoothed_actions, td_loss, td_target
+from td3_opt import Actor, Critic, Transitions, load_dataset, smoothed_actions, td_loss, td_target
 
 ALPHAS, BATCHES, POWER_STEPS = (3e-5, 3e-4), 20, 50
 
@@ -41,7 +42,7 @@ def main(path: Path) -> None:
     args, parts = saved["args"], saved["parts"]
     dataset = load_dataset(args["env_id"], args["dataset"])
     mean, std = saved["data"]["observation_mean"], saved["data"]["observation_std"]
-    sizes, noise = (len(mean), dataset.actions.shape[1]), (args["policy_noise"], args["noise_clip"])
+    sizes, noise = (len(mean), dataset.actions.shape[1]), SimpleNamespace(**args)
     actor = Actor(*sizes)
     actor.load_state_dict(parts["actor_target"])
     torch.manual_seed(0)
@@ -53,9 +54,9 @@ def main(path: Path) -> None:
             for critic, part in zip(critics[name], (name, f"{name}_target"), strict=True):
                 critic.load_state_dict(parts[part])
 
-    def sample() -> Dataset:
+    def sample() -> Transitions:
         rows = rng.integers(len(dataset.rewards), size=args["batch_size"])
-        batch = Dataset(*(torch.as_tensor(column[rows]) for column in dataset))
+        batch = Transitions(*(torch.as_tensor(column[rows]) for column in dataset))
         return batch._replace(
             observations=(batch.observations - mean) / std, next_observations=(batch.next_observations - mean) / std
         )
@@ -64,7 +65,7 @@ def main(path: Path) -> None:
         rows = []
         for _ in range(BATCHES):
             (batch, target), (other, other_target) = (
-                (b, td_target(critic_target, b, smoothed_actions(actor, b.next_observations, *noise), args["gamma"]))
+                (b, td_target(critic_target, b, smoothed_actions(actor, b.next_observations, noise), args["gamma"]))
                 for b in (sample(), sample())
             )
             parameters = dict(critic.named_parameters())

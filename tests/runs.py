@@ -1,5 +1,6 @@
 """Whole runs of any script, as a user starts them; what their folders hold; killing them at a given step."""
 
+import copy
 import csv
 import os
 import subprocess
@@ -12,15 +13,15 @@ ALGORITHMS = Path(__file__).resolve().parent.parent / "algorithms"
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {folder!r})
-import {script} as script, tyro
-steps = script.Run.steps
-def killed(self, *args, **kwargs):
-    for step in steps(self, *args, **kwargs):
-        if (self.phase, step) == ({phase!r}, {step}):
+import {script} as script
+loop = script.Run.loop
+def killed(self, phase, *args, **kwargs):
+    for step in loop(self, phase, *args, **kwargs):
+        if (phase, step) == ({phase!r}, {step}):
             os.kill(os.getpid(), signal.{signal})
         yield step
-script.Run.steps = killed
-script.train(tyro.cli(script.Args))
+script.Run.loop = killed
+script.train(script.parse_args())
 """
 
 
@@ -36,6 +37,18 @@ def run_killed_at(script: str, phase: str, step: int, number: str, home: Path, *
     """Run a script that sends itself the signal in the middle of a phase."""
     code = KILLED.format(folder=str(ALGORITHMS), script=script, phase=phase, step=step, signal=number)
     return run_script(script, home, *arguments, code=code)
+
+
+def watch_phases(script, monkeypatch) -> dict[str, dict]:
+    """What a run in this process fills: a copy of all its parts' states at the start of each phase, and when "done"."""
+    states, loop, finish = {}, script.Run.loop, script.Run.finish
+
+    def keep(run, phase: str) -> None:
+        states[phase] = copy.deepcopy({name: part.state_dict() for name, part in run.parts.items()})
+
+    monkeypatch.setattr(script.Run, "loop", lambda run, *args, **kw: (keep(run, args[0]), loop(run, *args, **kw))[1])
+    monkeypatch.setattr(script.Run, "finish", lambda run: (keep(run, "done"), finish(run))[1])
+    return states
 
 
 def rows(folder: Path, name: str = "evals.csv") -> list[dict]:

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import threading
+from pathlib import Path
 
 import gymnasium as gym
 import h5py
@@ -57,7 +58,7 @@ def test_regenerated_random_data_is_d4rls_recipe_and_the_same_on_any_number_of_c
     assert digests[0] == digests[1] != digests[2]
     with h5py.File(paths[0]) as file:
         columns = {key: file[key][()] for key in file}
-    assert sorted(columns) == sorted([*td3_opt.Dataset._fields, "timeouts"]) and len(columns["rewards"]) == 4_000
+    assert sorted(columns) == sorted([*td3_opt.Transitions._fields, "timeouts"]) and len(columns["rewards"]) == 4_000
     assert np.abs(columns["actions"]).max() <= 1 and np.abs(columns["actions"].mean(0)).max() < 0.05
     assert columns["actions"].std(0) == pytest.approx([1 / 3**0.5] * 3, rel=0.03)
     ends = columns["terminals"] | columns["timeouts"]
@@ -76,10 +77,8 @@ def test_regenerated_random_data_is_d4rls_recipe_and_the_same_on_any_number_of_c
 
 
 def test_halfcheetah_chunks_end_with_whole_episodes():
-    assert (
-        td3_opt.RANDOM_STEPS == 1_000_000
-        and td3_opt.RANDOM_STEPS % td3_opt.RANDOM_CHUNK == 0 == td3_opt.RANDOM_CHUNK % 1_000
-    )
+    assert td3_opt.RANDOM_STEPS == 1_000_000
+    assert td3_opt.RANDOM_STEPS % td3_opt.RANDOM_CHUNK == 0 == td3_opt.RANDOM_CHUNK % 1_000
 
 
 def test_first_hit_wins(tmp_path, monkeypatch):
@@ -96,15 +95,18 @@ def test_first_hit_wins(tmp_path, monkeypatch):
         return td3_opt.load_dataset("hopper-random-v2", dataset, progress=False).rewards[0]
 
     own = tmp_path / ".cache" / "opt-datasets" / "hopper-random-v2.hdf5"
-    assert td3_opt.cache_path("hopper-random-v2") == own
-    assert first_reward() == 4 and own.exists()
+    assert first_reward() == 4 and [path.name for path in own.parent.iterdir()] == [own.name]
     write_file_with_reward(own, 3)
     assert first_reward() == 3
     write_file_with_reward(tmp_path / ".d4rl" / "datasets" / "hopper_random-v2.hdf5", 2)
     assert first_reward() == 2
     assert first_reward(str(write_file_with_reward(tmp_path / "mine.hdf5", 1))) == 1
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert td3_opt.cache_path("x").parent == tmp_path / "xdg" / "opt-datasets"
+    write_file_with_reward(tmp_path / "xdg" / "opt-datasets" / "walker2d-random-v2.hdf5", 5)
+    assert td3_opt.load_dataset("walker2d-random-v2", progress=False).rewards[0] == 5
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "d4rl"))
+    write_file_with_reward(tmp_path / "d4rl" / "walker2d_random-v2.hdf5", 6)
+    assert td3_opt.load_dataset("walker2d-random-v2", progress=False).rewards[0] == 6
 
 
 @pytest.mark.parametrize(
@@ -145,44 +147,53 @@ def test_download_into_the_cache(server):
     assert len(td3_opt.load_dataset("hopper-medium-v2", progress=False).rewards) == 10  # from the cache
 
 
-def test_no_data_anywhere_names_the_three_ways(server, capsys, tmp_path):
+def refused(capsys, env_id: str, cache: Path) -> str:
+    """The one line with which it ends where nothing can be had, and nothing is left in the cache."""
     with pytest.raises(SystemExit) as error:
-        td3_opt.load_dataset("hopper-expert-v2", progress=False)
+        td3_opt.load_dataset(env_id, progress=False)
     message = capsys.readouterr().err
-    assert error.value.code == 2 and message.count("\n") == 1
+    assert error.value.code == 2 and message.count("\n") == 1 and list(cache.iterdir()) == []
+    return message
+
+
+def test_no_data_anywhere_names_the_three_ways(server, capsys, tmp_path):
+    message = refused(capsys, "hopper-expert-v2", tmp_path / ".cache" / "opt-datasets")
     for way in (str(tmp_path / ".d4rl" / "datasets" / "hopper_expert-v2.hdf5"), "--dataset", td3_opt.D4RL_URL):
         assert way in message
-    assert not list((tmp_path / ".cache" / "opt-datasets").iterdir())
 
 
-def collect_minari(dataset_id: str, env: gym.Env, steps: int = 300):
+def test_a_download_that_is_damaged_is_not_kept(server, capsys, tmp_path):
+    whole = write_file(server / "whole.hdf5", small_columns()).read_bytes()
+    (server / "hopper_expert-v2.hdf5").write_bytes(whole[: len(whole) // 2])
+    assert "truncated file" in refused(capsys, "hopper-expert-v2", tmp_path / ".cache" / "opt-datasets")
+
+
+def test_a_cache_that_cannot_be_written(monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    with pytest.raises(SystemExit) as error:
+        td3_opt.load_dataset("hopper-random-v2", progress=False)
+    message = capsys.readouterr().err
+    assert error.value.code == 2 and message.count("\n") == 1 and "set XDG_CACHE_HOME" in message
+
+
+def collect_minari(dataset_id: str, env: gym.Env, steps: int):
     env = minari.DataCollector(env)
     columns = roll_out(env, steps, seed=0)
-    env.create_dataset(
-        dataset_id=dataset_id,
-        algorithm_name="random",
-        author="test",
-        author_email="test@example.org",
-        code_permalink="none",
-    )
+    names = dict(algorithm_name="random", author="test", author_email="test@example.org", code_permalink="none")
+    env.create_dataset(dataset_id=dataset_id, **names)
     env.close()
     return columns
 
 
-def test_minari_dataset_is_read_once_and_read_anew_when_it_changes(tmp_path, monkeypatch):
+def test_a_minari_dataset_is_read_and_read_anew_when_it_changes(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "store"))
-    columns = collect_minari("test/pendulum-v0", gym.make("InvertedPendulum-v5"))
-    first = td3_opt.load_dataset("InvertedPendulum-v5", "test/pendulum-v0", progress=False)
-    for key in td3_opt.Dataset._fields:
-        np.testing.assert_array_equal(getattr(first, key), columns[key].astype(np.float32))
-    assert td3_opt.cache_path("minari--test/pendulum-v0").exists()
-    with monkeypatch.context() as patch:
-        patch.setattr(td3_opt.minari, "load_dataset", lambda *_: pytest.fail("the flat copy was not used"))
-        second = td3_opt.load_dataset("InvertedPendulum-v5", "test/pendulum-v0", progress=False)
-    np.testing.assert_array_equal(first.observations, second.observations)
-    minari.delete_dataset("test/pendulum-v0")
-    collect_minari("test/pendulum-v0", gym.make("InvertedPendulum-v5"), steps=200)
-    assert len(td3_opt.load_dataset("InvertedPendulum-v5", "test/pendulum-v0", progress=False).rewards) == 200
+    for steps in (300, 200):
+        columns = collect_minari("test/pendulum-v0", gym.make("InvertedPendulum-v5"), steps)
+        data = td3_opt.load_dataset("InvertedPendulum-v5", "test/pendulum-v0", progress=False)
+        assert len(data.rewards) == steps
+        for key in td3_opt.Transitions._fields:
+            np.testing.assert_array_equal(getattr(data, key), columns[key].astype(np.float32))
+        minari.delete_dataset("test/pendulum-v0")
 
 
 def test_environments_are_d4rls():
@@ -194,11 +205,17 @@ def test_environments_are_d4rls():
     assert [model.geom(name).friction[0] for name in ("foot_geom", "foot_left_geom")] == [0.9, 1.9]
 
 
-def test_actions_are_scaled_in_data_and_environment_alike():
+def test_actions_are_scaled_in_data_and_environments_alike(pendulum_file, pendulum_columns, tmp_path):
     """InvertedPendulum takes forces in [-3, 3]."""
-    env, plain = td3_opt.make_env("InvertedPendulum-v5"), gym.make("InvertedPendulum-v5")
-    assert env.action_space.low == -1 and env.action_space.high == 1
-    env.reset(seed=0), plain.reset(seed=0)
-    scaled = td3_opt.scale_actions(np.array([[1.5]], np.float32), env)
-    assert scaled.tolist() == [[0.5]]
-    np.testing.assert_allclose(env.step(scaled[0])[0], plain.step(np.array([1.5], np.float32))[0], rtol=1e-6)
+    args = td3_opt.Args(env_id="InvertedPendulum-v5", dataset=str(pendulum_file), run_dir=str(tmp_path / "run"))
+    args.normalize_states, args.progress = False, False
+    run = td3_opt.Run(td3_opt.resolve(args))
+    data = run.load_data(td3_opt.reward_transform)
+    np.testing.assert_allclose(data.actions, pendulum_columns["actions"] / 3, rtol=1e-6)
+    np.testing.assert_array_equal(data.observations, pendulum_columns["observations"])
+    for env in (run.env, run.evaluation_env):
+        assert env.action_space.low == -1 and env.action_space.high == 1
+        plain = gym.make("InvertedPendulum-v5")
+        env.reset(seed=0), plain.reset(seed=0)
+        expected = plain.step(np.array([1.5], np.float32))[0]
+        np.testing.assert_allclose(env.step(np.array([0.5], np.float32))[0], expected, rtol=1e-6)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import td3_opt
 import torch
-from td3_opt import Actor, Critic, Dataset
+from td3_opt import Actor, Args, Critic, Transitions
 
 
 @pytest.fixture(autouse=True)
@@ -18,8 +18,8 @@ def double_precision():
     torch.set_default_dtype(torch.float32)
 
 
-def batch(n: int = 16, observation_dim: int = 3, action_dim: int = 2) -> Dataset:
-    return Dataset(
+def batch(n: int = 16, observation_dim: int = 3, action_dim: int = 2) -> Transitions:
+    return Transitions(
         torch.randn(n, observation_dim),
         torch.rand(n, action_dim) * 2 - 1,
         torch.randn(n),
@@ -79,7 +79,7 @@ def test_critic_ensemble_and_actor_are_plain_mlps():
 
 def test_eq_2_with_twin_targets_against_numpy():
     critic, target_critic, actor, data = Critic(3, 2), Critic(3, 2), Actor(3, 2), batch()
-    next_actions = td3_opt.smoothed_actions(actor, data.next_observations, policy_noise=0.0, noise_clip=0.5)
+    next_actions = td3_opt.smoothed_actions(actor, data.next_observations, Args(policy_noise=0.0))
     target = td3_opt.td_target(target_critic, data, next_actions, gamma=0.9)
     loss = td3_opt.td_loss(critic(data.observations, data.actions), target)
 
@@ -94,22 +94,21 @@ def test_eq_2_with_twin_targets_against_numpy():
 
 def test_td_target_by_hand():
     """Rewards 1 and 2, the second a terminal; targets' minimum 3: 1 + 0.5 * 3 and 2."""
-    data = Dataset(
-        torch.zeros(2, 1), torch.zeros(2, 1), torch.tensor([1.0, 2.0]), torch.zeros(2, 1), torch.tensor([0.0, 1.0])
-    )
+    zeros = torch.zeros(2, 1)
+    data = Transitions(zeros, zeros, torch.tensor([1.0, 2.0]), zeros, torch.tensor([0.0, 1.0]))
     target = td3_opt.td_target(lambda s, a: torch.tensor([[3.0, 9.0], [4.0, 7.0]]), data, torch.zeros(2, 1), 0.5)
     assert target.tolist() == [2.5, 2.0]
 
 
 def test_target_policy_smoothing_is_clipped_noise_in_the_action_range():
     actor, observations = lambda s: torch.zeros(len(s), 2), torch.zeros(200_000, 3)
-    actions = td3_opt.smoothed_actions(actor, observations, policy_noise=0.2, noise_clip=0.5)
+    actions = td3_opt.smoothed_actions(actor, observations, Args(policy_noise=0.2, noise_clip=0.5))
     assert actions.abs().max() == 0.5
     # the standard deviation of N(0, 0.2) clipped at 2.5 standard deviations, by its closed form
     c, phi, tail = 2.5, math.exp(-(2.5**2) / 2) / math.sqrt(2 * math.pi), 0.5 * math.erfc(2.5 / math.sqrt(2))
     variance = (1 - 2 * tail - 2 * c * phi) + 2 * c**2 * tail
     assert actions.std().item() == pytest.approx(0.2 * math.sqrt(variance), rel=0.01)
-    near_bound = td3_opt.smoothed_actions(lambda s: torch.full((len(s), 2), 0.9), observations, 0.2, 0.5)
+    near_bound = td3_opt.smoothed_actions(lambda s: torch.full((len(s), 2), 0.9), observations, Args())
     assert near_bound.max() == 1.0 and near_bound.min() == pytest.approx(0.4)
 
 
@@ -131,8 +130,9 @@ def meta_setup():
 
 
 def gradient_of_eq_3(second_order: bool, meta_lr: float, setup):
-    critic = setup[0]
-    loss = td3_opt.meta_adaptation_loss(*setup, meta_lr=meta_lr, second_order=second_order)
+    critic, offline, y_off, online, y_on = setup
+    args = Args(meta_lr=meta_lr, meta_second_order=second_order)
+    loss = td3_opt.meta_adaptation_loss(critic, (offline, y_off), (online, y_on), args)
     return loss, torch.autograd.grad(loss, list(critic.parameters()))
 
 
@@ -184,12 +184,10 @@ def test_eq_3_against_finite_differences(second_order):
         return td(vector, offline, y_off) + td(vector - meta_lr * inner, online, y_on)
 
     h_outer = 1e-4 if second_order else h  # the inner differences are accurate to about 1e-9
-    expected = torch.tensor(
-        [(eq_3(start + h_outer * e) - eq_3(start - h_outer * e)) / (2 * h_outer) for e in torch.eye(len(start))]
-    )
-    torch.testing.assert_close(
-        gradient, expected, rtol=1e-3 if second_order else 1e-5, atol=1e-4 if second_order else 1e-6
-    )
+    steps = h_outer * torch.eye(len(start))
+    expected = torch.tensor([(eq_3(start + step) - eq_3(start - step)) / (2 * h_outer) for step in steps])
+    rtol, atol = (1e-3, 1e-4) if second_order else (1e-5, 1e-6)
+    torch.testing.assert_close(gradient, expected, rtol=rtol, atol=atol)
 
 
 def test_first_and_second_order_differ():
@@ -201,7 +199,7 @@ def test_first_and_second_order_differ():
 def test_meta_adaptation_works_on_the_critic_itself():
     critic, offline, online = Critic(3, 2), batch(), batch()
     y_off, y_on = torch.randn(16), torch.randn(16)
-    loss = td3_opt.meta_adaptation_loss(critic, offline, y_off, online, y_on, meta_lr=0.1)
+    loss = td3_opt.meta_adaptation_loss(critic, (offline, y_off), (online, y_on), Args(meta_lr=0.1))
     inner = td3_opt.td_loss(critic(offline.observations, offline.actions), y_off)
     adapted = copy.deepcopy(critic)
     with torch.no_grad():
@@ -267,12 +265,12 @@ def test_kappa_of_any_other_task():
 
 def test_kappa_of_the_users_own_on_the_random_sets():
     """Table 15 gives them no T_decay: a kappa of the user's own must not be at its end from the start."""
-    args = td3_opt.resolve(td3_opt.Args(kappa_init=0.5))
+    args = td3_opt.resolve(Args(kappa_init=0.5))
     kappas = [td3_opt.kappa_at(t, args.kappa_init, args.kappa_end, args.kappa_decay) for t in (0, 75_000, 150_000)]
     assert kappas == [0.5, 0.75, 1.0]
-    args = td3_opt.resolve(td3_opt.Args(kappa_init=0.2, kappa_end=0.6, kappa_decay=10))
+    args = td3_opt.resolve(Args(kappa_init=0.2, kappa_end=0.6, kappa_decay=10))
     assert (args.kappa_init, args.kappa_decay, args.kappa_end) == (0.2, 10, 0.6)
-    args = td3_opt.resolve(td3_opt.Args())
+    args = td3_opt.resolve(Args())
     assert (args.kappa_init, args.kappa_decay, args.kappa_end) == (1, 0, 1)
 
 

@@ -1,6 +1,7 @@
 """AntMaze and Adroit: D4RL's rewards and environments on Minari's data."""
 
 import dataclasses
+import functools
 import importlib
 
 import gymnasium as gym
@@ -33,7 +34,6 @@ CELLS = {"umaze": ((-4, -4), (-4, 4)), "medium": ((-10, 10), (10, -10)), "large"
 def test_every_evaluation_starts_and_ends_where_the_data_was_relabelled_to(env_id):
     """Cells are 4 m wide and the maze is centred on (0, 0): the positions are worked out by hand from the maps."""
     start, goal = CELLS[env_id.split("-")[1]]
-    assert td3_opt.antmaze_goal(env_id).tolist() == list(goal)
     env = td3_opt.make_env(env_id)
     observations = []
     for seed in range(100):
@@ -118,27 +118,36 @@ def test_antmaze_data_is_made_d4rls(tmp_path, monkeypatch):
     for observations, t in ((data.observations, times), (data.next_observations, times + 1)):
         np.testing.assert_array_equal(observations, np.hstack([np.array(LAP)[t], 100 + np.arange(27) + t[:, None]]))
     assert data.actions.shape == (15, 8) and data.observations.dtype == np.float32
-    monkeypatch.setattr(td3_opt.minari, "load_dataset", lambda *_: pytest.fail("the flat copy was not used"))
-    again = td3_opt.load_dataset("antmaze-umaze-v2", progress=False)
-    np.testing.assert_array_equal(again.observations, data.observations)
-    minari.delete_dataset("D4RL/antmaze/umaze-v1")  # the flat copy does without it
-    assert len(td3_opt.load_dataset("antmaze-umaze-v2", progress=False).rewards) == 15
+
+
+MINARI = {"antmaze-umaze-v2": "D4RL/antmaze/umaze-v1", "antmaze-large-diverse-v2": "D4RL/antmaze/large-diverse-v1"}
+MINARI |= {"pen-cloned-v1": "D4RL/pen/cloned-v2"}
 
 
 def test_a_newer_version_is_taken_where_the_named_one_is_missing(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "store"))
-    assert td3_opt.minari_id("antmaze-large-diverse-v2") == "D4RL/antmaze/large-diverse-v1"
-    assert td3_opt.minari_id("pen-cloned-v1") == "D4RL/pen/cloned-v2"
+    asked = []
+
+    def ask(kind, dataset_id):
+        asked.append((kind, dataset_id))
+        raise OSError
+
+    for kind in ("load", "download"):
+        monkeypatch.setattr(td3_opt.minari, f"{kind}_dataset", functools.partial(ask, kind))
+
+    def taken(env_id: str) -> tuple[str, str]:
+        with pytest.raises(SystemExit):
+            td3_opt.load_dataset(env_id, progress=False)
+        return asked[-1]
+
+    for env_id, dataset_id in MINARI.items():
+        assert taken(env_id) == ("download", dataset_id)
     (tmp_path / "store" / "D4RL" / "pen" / "cloned-v3" / "data").mkdir(parents=True)
     (tmp_path / "store" / "D4RL" / "antmaze" / "umaze-v2" / "data").mkdir(parents=True)
-    assert td3_opt.minari_id("pen-cloned-v1") == "D4RL/pen/cloned-v3"
-    assert td3_opt.minari_id("antmaze-umaze-v2") == "D4RL/antmaze/umaze-v2"
-    copy = td3_opt.minari_copy("D4RL/door/cloned-v4", "door-cloned-v1")  # the store is gone, its flat copy is not
-    copy.parent.mkdir(parents=True)
-    copy.touch()
-    assert td3_opt.minari_id("door-cloned-v1") == "D4RL/door/cloned-v4"
+    assert taken("pen-cloned-v1") == ("load", "D4RL/pen/cloned-v3")
+    assert taken("antmaze-umaze-v2") == ("load", "D4RL/antmaze/umaze-v2")
     (tmp_path / "store" / "D4RL" / "pen" / "cloned-v2" / "data").mkdir(parents=True)
-    assert td3_opt.minari_id("pen-cloned-v1") == "D4RL/pen/cloned-v2"
+    assert taken("pen-cloned-v1") == ("load", "D4RL/pen/cloned-v2")
 
 
 @pytest.mark.parametrize(
@@ -163,7 +172,7 @@ def test_data_that_is_nowhere_or_half_written(tmp_path, monkeypatch, capsys, env
         raise ConnectionError("no network")
 
     monkeypatch.setattr(td3_opt.minari, "download_dataset", no_network)
-    data = tmp_path / "store" / td3_opt.minari_id(env_id) / "data"
+    data = tmp_path / "store" / MINARI[env_id] / "data"
     for words in (("Three ways", "--dataset", "download", "no network"), ("cannot be read", "delete it")):
         with pytest.raises(SystemExit) as error:
             td3_opt.load_dataset(env_id, progress=False)
@@ -173,8 +182,7 @@ def test_data_that_is_nowhere_or_half_written(tmp_path, monkeypatch, capsys, env
         (data / "main_data.hdf5").write_bytes(b"half")
 
 
-def test_broken_minari_datasets_are_refused_before_they_are_kept(tmp_path, monkeypatch, capsys):
-    """Each with status 2 and one line; and nothing of them stays in the cache."""
+def test_broken_minari_datasets_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "store"))
     dataset_id = "D4RL/antmaze/umaze-v1"
     collect(dataset_id, Walk(), [None, {"short": True}])
@@ -186,7 +194,6 @@ def test_broken_minari_datasets_are_refused_before_they_are_kept(tmp_path, monke
             td3_opt.load_dataset(env_id, dataset_id, progress=False)
         message = capsys.readouterr().err
         assert error.value.code == 2 and message.count("\n") == 1 and all(word in message for word in words), message
-        assert not td3_opt.minari_copy(dataset_id, env_id).exists()
 
     episodes = list(load(dataset_id))
     refused([], "holds no episodes", "delete it")
@@ -197,29 +204,6 @@ def test_broken_minari_datasets_are_refused_before_they_are_kept(tmp_path, monke
     vectors = dataclasses.replace(episodes[1], observations=episodes[1].observations["observation"])
     refused([vectors], "no AntMaze dataset", "antmaze-umaze-v2")
     refused(episodes, "dict observations", env_id="pen-cloned-v1")
-
-
-def test_a_damaged_flat_copy_is_made_anew_or_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "store"))
-    collect("D4RL/antmaze/umaze-v1", Walk(), [None])
-    copy = td3_opt.minari_copy("D4RL/antmaze/umaze-v1", "antmaze-umaze-v2")
-    copy.parent.mkdir(parents=True)
-    copy.write_bytes(b"half")
-    assert len(td3_opt.load_dataset("antmaze-umaze-v2", progress=False).rewards) == 12
-    copy.write_bytes(b"half")
-    minari.delete_dataset("D4RL/antmaze/umaze-v1")
-    with pytest.raises(SystemExit) as error:
-        td3_opt.load_dataset("antmaze-umaze-v2", progress=False)
-    assert error.value.code == 2 and f"{copy} is damaged" in capsys.readouterr().err
-
-
-def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "store"))
-    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
-    collect("D4RL/antmaze/umaze-v1", Walk(), [None])
-    with pytest.raises(SystemExit) as error:
-        td3_opt.load_dataset("antmaze-umaze-v2", progress=False)
-    assert error.value.code == 2 and "XDG_CACHE_HOME" in capsys.readouterr().err
 
 
 def test_data_of_another_maze_is_refused(tmp_path, monkeypatch, capsys):
@@ -245,7 +229,8 @@ def test_minari_can_download():
 def test_rewards_that_agents_train_on(name):
     """r - 1 on AntMaze; Adroit's as they are."""
     script = importlib.import_module(name)
-    data = script.Dataset(*(np.zeros((2, 1)), np.zeros((2, 1)), np.array([0.0, 1.0]), np.ones((2, 1)), np.zeros(2)))
+    zeros, ones = np.zeros((2, 1)), np.ones((2, 1))
+    data = script.Transitions(zeros, zeros, np.array([0.0, 1.0]), ones, np.zeros(2))
     for env_id in script.ANTMAZE_TASKS:
         assert script.reward_transform(env_id, data) == (1.0, -1.0)
     for env_id in script.ADROIT_TASKS:
@@ -269,7 +254,7 @@ def test_success_on_the_last_step_counts_and_early_success_is_kept():
             return np.zeros(1, np.float32), 0.0, False, self.steps == 3, {"success": success}
 
     policy = td3_opt.Policy(td3_opt.Actor(1, 1))
-    result = td3_opt.evaluate(policy, Tries(), lambda observation: observation, "antmaze-umaze-v2", 4, 0)
+    result = td3_opt.evaluate(policy, Tries(), "antmaze-umaze-v2", 4, 0)
     assert result["success_rate"] == 0.5 and result["length_mean"] == 3
 
 

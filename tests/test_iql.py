@@ -1,10 +1,8 @@
 """IQL+OPT: its equations against computations of another kind, and whole runs."""
 
 import copy
-import csv
 import math
-import signal
-from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import iql_opt
@@ -13,10 +11,9 @@ import pytest
 import scipy.stats
 import td3_opt
 import torch
-import tyro
 from conftest import roll_out, write_file
-from iql_opt import Actor, Agent, Args, Critic, Dataset, ValueFunction, Values
-from runs import equal, rows, run_killed_at, run_script, same_weights, timeless
+from iql_opt import Actor, Agent, Args, Critic, Transitions, ValueFunction, Values
+from runs import equal, rows, watch_phases
 
 
 @pytest.fixture
@@ -27,8 +24,8 @@ def double():
     torch.set_default_dtype(torch.float32)
 
 
-def batch(n: int = 16, observation_dim: int = 3, action_dim: int = 2) -> Dataset:
-    return Dataset(
+def batch(n: int = 16, observation_dim: int = 3, action_dim: int = 2) -> Transitions:
+    return Transitions(
         torch.randn(n, observation_dim),
         torch.rand(n, action_dim) * 2 - 1,
         torch.randn(n),
@@ -184,7 +181,7 @@ def test_value_functions_are_plain_mlps_and_joined_ones_are_each_alone(double):
         np.testing.assert_allclose(v[i].detach(), x[:, 0], rtol=1e-10)
 
 
-def plain_targets(q_target: Critic, v: ValueFunction, data: Dataset, gamma: float):
+def plain_targets(q_target: Critic, v: ValueFunction, data: Transitions, gamma: float):
     with torch.no_grad():
         q1, q2 = q_target(data.observations, data.actions)
         return data.rewards + gamma * (1 - data.terminals) * v(data.next_observations)[0], torch.minimum(q1, q2)
@@ -250,7 +247,8 @@ def test_eqs_3_and_8_against_torch_func(double, second_order):
     def both(values, targets):
         return iql_opt.td_loss(values[0], targets[0]) + iql_opt.expectile_loss(targets[1] - values[1][0], 0.7)
 
-    loss = iql_opt.meta_adaptation_loss(values, offline, targets[0], online, targets[1], alpha, second_order, both)
+    args = SimpleNamespace(meta_lr=alpha, meta_second_order=second_order)
+    loss = iql_opt.meta_adaptation_loss(values, (offline, targets[0]), (online, targets[1]), args, both)
     gradient = dict(zip(dict(values.named_parameters()), torch.autograd.grad(loss, values.parameters()), strict=True))
 
     def q_loss(parameters, data, target):
@@ -304,7 +302,7 @@ def test_mujoco_rewards_are_rescaled_by_the_spread_of_the_datas_returns():
     following = np.array([1, 2, 2, 3, 4, 8, 9, 10, 11], np.float32)[:, None]
     terminals = np.array([0, 0, 1, 0, 0, 0, 0, 0, 0], np.float32)
     rewards = np.array([1, 2, 3, 0.5, 1.5, 1, 3, 3, 3], np.float32)  # returns 6, 2 and 10
-    data = Dataset(observations, np.zeros((9, 1), np.float32), rewards, following, terminals)
+    data = Transitions(observations, np.zeros((9, 1), np.float32), rewards, following, terminals)
     for env_id in ("hopper-medium-v2", "walker2d-random-v2", "halfcheetah-medium-replay-v2"):
         assert iql_opt.reward_transform(env_id, data) == (125.0, 0.0)  # 1000 / (10 - 2)
     assert iql_opt.reward_transform("antmaze-umaze-v2", data) == (1.0, -1.0)
@@ -351,63 +349,22 @@ def test_rescaled_rewards_are_stored_offline_and_online_and_scores_are_not_of_th
     assert scale > 5
 
 
-def test_the_estimation_bias_is_in_the_runs_own_unit_of_reward(tmp_path, home, monkeypatch):
-    """The same data with rewards four times as large: the agent is the same, its unit a quarter of the reference's."""
-    monkeypatch.setenv("HOME", str(home))
-    columns = roll_out(gym.make("Hopper-v5"), 400, 0)
-    arguments = TINY | dict(env_id="hopper-medium-v2", offline_steps=3, online_steps=0, opt=False)
-    for name, factor in (("reference", 1), ("run", 4)):
-        data = write_file(tmp_path / f"{name}.hdf5", columns | {"rewards": factor * columns["rewards"]})
-        iql_opt.train(Args(**arguments, dataset=str(data), run_dir=str(tmp_path / name)))
-        arguments["reference_model"] = str(tmp_path / "reference" / "model.pt")
-    assert same_weights(tmp_path / "reference", tmp_path / "run")
-    model = torch.load(tmp_path / "run" / "model.pt", weights_only=True)
-    q, actor = Critic(11, 3), Actor(11, 3)
-    q.load_state_dict(model["q_off"])
-    actor.load_state_dict(model["actor"])
-    states = np.stack([gym.make("Hopper-v5").reset(seed=2_000_000 + pair)[0] for pair in range(10)])
-    states = ((torch.from_numpy(states) - model["observation_mean"]) / model["observation_std"]).float()
-    expected = 0.75 * q(states, actor(states)).amin(0)
-    with open(tmp_path / "run" / "bias.csv") as file:
-        last = list(csv.DictReader(file))[-10:]
-    assert [float(row["q_off_bias"]) for row in last] == pytest.approx(expected.tolist(), abs=1e-3)
-    assert expected.abs().min() > 0.01
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Phases, in this process
 # ----------------------------------------------------------------------------------------------------------------------
 
-TINY = dict(
-    env_id="InvertedPendulum-v5",
-    offline_steps=20,
-    online_steps=50,
-    n_tau=20,
-    n_pretrain=12,
-    batch_size=16,
-    eval_freq=0,
-    eval_episodes=1,
-    learning_rate=1e-3,
-    progress=False,
-)
+TINY = dict(env_id="InvertedPendulum-v5", offline_steps=20, online_steps=50, n_tau=20, n_pretrain=12, batch_size=16)
+TINY |= dict(eval_freq=0, eval_episodes=1, learning_rate=1e-3, progress=False)
 
 
 @pytest.fixture
 def watched(monkeypatch, pendulum_file, tmp_path, home):
     """Train in this process, with a copy of all parts at the start of every phase and at the end."""
     monkeypatch.setenv("HOME", str(home))
-    begin = iql_opt.Run.begin
 
     def watched(**arguments) -> dict[str, dict]:
-        states = {}
-
-        def watch(self, phase):
-            if self.parts:
-                states[phase] = copy.deepcopy({name: part.state_dict() for name, part in self.parts.items()})
-            return begin(self, phase)
-
-        monkeypatch.setattr(iql_opt.Run, "begin", watch)
-        iql_opt.train(Args(**(TINY | arguments), dataset=str(pendulum_file), run_dir=str(tmp_path / "watched")))
+        states = watch_phases(iql_opt, monkeypatch)
+        iql_opt.train(Args(**(TINY | arguments), dataset=str(pendulum_file), run_dir=str(tmp_path / "run")))
         return states
 
     return watched
@@ -433,12 +390,15 @@ VARIANTS = [  # arguments, what online pre-training changes, what fine-tuning ch
 @pytest.mark.parametrize("arguments, pretrained, fine_tuned", VARIANTS, ids=lambda x: str(x) if x is dict else None)
 def test_what_each_phase_changes(watched, arguments, pretrained, fine_tuned):
     states = watched(**arguments)
-    agent = set(states["done"]) - {"buffer", "collector", "balanced"}
+    agent = set(states["done"]) - {"buffer", "collector", "balanced", "ratio_optimizer"}
     opt, with_q_on = arguments.get("opt", True), arguments.get("q_on", True) and arguments.get("opt", True)
     assert agent == OFF | POLICY | (ON if with_q_on else set())
 
+    def learned(phase: str, name: str) -> dict:  # the policy's learning rate is set for a phase before it begins
+        return states[phase][name]["state"] if name == "actor_optimizer" else states[phase][name]
+
     def changed(before: str, after: str) -> set[str]:
-        return {name for name in agent if not equal(states[before][name], states[after][name])}
+        return {name for name in agent if not equal(learned(before, name), learned(after, name))}
 
     if opt:
         assert changed("offline", "collect") == OFF | POLICY
@@ -455,13 +415,7 @@ def test_what_each_phase_changes(watched, arguments, pretrained, fine_tuned):
             assert {int(s["step"]) for s in states["done"][part]["state"].values()} == {count}
 
 
-PRETRAINING = [
-    {},
-    {"meta_second_order": True},
-    {"q_on_init": "online"},
-    {"q_on_init": "joint"},
-    {"q_on": False},
-]
+PRETRAINING = [{}, {"meta_second_order": True}, {"q_on_init": "online"}, {"q_on_init": "joint"}, {"q_on": False}]
 
 
 @pytest.mark.parametrize("arguments", PRETRAINING, ids=str)
@@ -480,16 +434,15 @@ def test_one_step_of_online_pretraining_is_the_loss_it_is_said_to_be(watched, ar
 
     monkeypatch.setattr(iql_opt, "value_targets", watch_targets)
     monkeypatch.setattr(iql_opt, "minimize", watch_minimize)
-    states = watched(offline_steps=0, n_pretrain=1, meta_lr=0.02, gamma=0.9, expectile=0.8, **arguments)[
-        "online_pretrain"
-    ]
+    own = dict(offline_steps=0, n_pretrain=1, meta_lr=0.02, gamma=0.9, expectile=0.8)
+    states = watched(**own, **arguments)["online_pretrain"]
     name = "on" if arguments.get("q_on", True) else "off"
     q, q_target, v = Critic(4, 1), Critic(4, 1), ValueFunction(4)
     for network, part in ((q, f"q_{name}"), (q_target, f"q_{name}_target"), (v, f"v_{name}")):
         network.load_state_dict(states[part])
     online_rows = states["buffer"]["online_rows"]
     data = batches[0]
-    halves = [Dataset(*(column[part] for column in data)) for part in (slice(0, 16), slice(16, 32))]
+    halves = [Transitions(*(column[part] for column in data)) for part in (slice(0, 16), slice(16, 32))]
     assert all((online_rows[:, :4] == o).all(1).any() for o in halves[1].observations)
     assert not all((online_rows[:, :4] == o).all(1).any() for o in halves[0].observations)
     targets = [plain_targets(q_target, v, half, 0.9) for half in halves]
@@ -586,183 +539,38 @@ def test_offline_iql_is_better_than_its_data(tmp_path, monkeypatch, home):
     assert before < 100 and after > max(300, 5 * returns)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Bad input
-# ----------------------------------------------------------------------------------------------------------------------
+def test_what_a_run_leaves(watched, tmp_path):
+    """Evaluations offline, after pre-training and online; a curve for each of the networks; model.pt."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-
-@pytest.fixture
-def refused(capsys, tmp_path, monkeypatch, home, pendulum_file):
-    """train(Args) must exit with status 2 and one line holding all these words."""
-    monkeypatch.setenv("HOME", str(home))
-    monkeypatch.chdir(tmp_path)
-
-    def refused(*words: str, script=iql_opt, **arguments) -> None:
-        given = dict(TINY, dataset=str(pendulum_file), run_dir=str(tmp_path / "run")) | arguments
-        with pytest.raises(SystemExit) as error:
-            script.train(script.Args(**given))
-        message = capsys.readouterr().err
-        assert error.value.code == 2
-        assert message.startswith(f"{Path(script.__file__).name}: ") and message.count("\n") == 1, message
-        assert all(word in message for word in words), message
-
-    return refused
+    watched(eval_freq=15)
+    steps = [(row["phase"], int(row["env_steps"]), int(row["gradient_steps"])) for row in rows(tmp_path / "run")]
+    assert steps[:4] == [("offline", 0, 0), ("offline", 0, 15), ("offline", 0, 20), ("online_pretrain", 20, 32)]
+    assert steps[4:] == [("online_finetune", 30, 42), ("online_finetune", 45, 57), ("online_finetune", 50, 62)]
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    curves = {f"{kind}_{name}_{what}" for kind in "qv" for name in ("off", "on") for what in ("loss", "mean")}
+    curves |= {"actor_loss", "advantage_weight_mean", "kappa", "online_share", "density_ratio_loss"}
+    assert {f"train/{curve}" for curve in curves | {"q_on_pretrain_loss"}} <= set(events.Tags()["scalars"])
+    model = torch.load(tmp_path / "run" / "model.pt", weights_only=True)
+    assert model.keys() >= {"actor", "q_off", "v_off", "q_off_target", "q_on", "v_on", "q_on_target"}
+    Actor(4, model["action_dim"]).load_state_dict(model["actor"])
 
 
 @pytest.mark.parametrize(
     "words, arguments",
     [
-        (["hopper-medium-v2"], dict(env_id="hoper-medium-v2")),
-        (["--expectile is 0.0", "between 0 and 1"], dict(expectile=0.0)),
-        (["--expectile is 1.0"], dict(expectile=1.0)),
-        (["--expectile is nan"], dict(expectile=float("nan"))),
-        (["--beta is -1.0", "0 or more"], dict(beta=-1.0)),
-        (["--beta is inf"], dict(beta=float("inf"))),
-        (["--dropout is 1.0", "less than 1"], dict(dropout=1.0)),
-        (["--dropout is -0.1"], dict(dropout=-0.1)),
-        (["--learning-rate is 0"], dict(learning_rate=0.0)),
-        (["--n-tau is 50", "less than --online-steps (50)"], dict(n_tau=50)),
-        (["--kappa-init is 1.5", "from 0 to 1"], dict(kappa_init=1.5)),
-        (["--utd is 0", "1 or more"], dict(utd=0)),
-        (["--gamma is 1.1"], dict(gamma=1.1)),
-        (["--replay balanced", "--replay uniform"], dict(opt=False, replay="balanced")),
-        (["--replay symmetric", "even --batch-size"], dict(replay="symmetric", batch_size=7)),
-        (["--kappa-*", "--no-q-on"], dict(q_on=False, kappa_init=0.5)),
-        (["--kappa-*", "--no-opt"], dict(opt=False, kappa_end=0.5)),
-        (["--batch-size 5001", "5000 transitions"], dict(batch_size=5_001)),
-        (["is not a file", "--dataset"], dict(dataset="missing.hdf5")),
+        ("--expectile is 0.0: write a number between 0 and 1", dict(expectile=0.0)),
+        ("--expectile is 1.0: ", dict(expectile=1.0)),
+        ("--expectile is nan: ", dict(expectile=math.nan)),
+        ("--beta is -1.0: write a number, 0 or more", dict(beta=-1.0)),
+        ("--beta is inf: ", dict(beta=math.inf)),
+        ("--dropout is 1.0: write 0 or more, and less than 1", dict(dropout=1.0)),
+        ("--dropout is -0.1: ", dict(dropout=-0.1)),
     ],
 )
-def test_arguments(refused, words, arguments):
-    refused(*words, **arguments)
-
-
-def test_on_the_command_line_there_is_one_line_and_no_traceback(home):
-    result = run_script("iql_opt", home, "--env-id", "hoper-medium-v2")
-    assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr.startswith("iql_opt.py: unknown --env-id 'hoper-medium-v2'")
-    assert result.stderr.count("\n") == 1
-
-
-def test_saved_files_of_other_runs(refused, pendulum_file, tmp_path, capsys):
-    folder = tmp_path / "run"
-    iql_opt.train(Args(**TINY, dataset=str(pendulum_file), run_dir=str(folder)))
-    refused("holds a run already", "--resume")
-    refused("--expectile 0.7 (now 0.8)", "--dropout 0.0 (now 0.2)", resume=True, expectile=0.8, dropout=0.2)
-    other = dict(offline_from=str(folder), run_dir=str(tmp_path / "other"))
-    refused("--beta 3.0 (now 1.0)", **other, beta=1.0)
-    refused("--seed 0 (now 1)", **other, seed=1)
-    refused("model.pt is no offline.pt", **(other | dict(offline_from=str(folder / "model.pt"))))
-    refused("--policy-frequency None (now 2)", script=td3_opt, **other)  # another algorithm's
-    content = (folder / "checkpoint.pt").read_bytes()
-    for damaged in (b"", content[: len(content) // 2]):
-        (folder / "checkpoint.pt").write_bytes(damaged)
-        refused("checkpoint.pt is damaged", "delete it", resume=True)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Whole runs, as a user starts them
-# ----------------------------------------------------------------------------------------------------------------------
-
-SHORT = ("--env-id", "InvertedPendulum-v5", "--offline-steps", 40, "--online-steps", 70, "--n-tau", 30)
-SHORT += ("--n-pretrain", 30, "--batch-size", 16, "--eval-freq", 25, "--eval-episodes", 1, "--no-progress")
-SHORT += ("--dropout", 0.1)  # one random number more that a resumed run must repeat
-
-
-@pytest.fixture(scope="module")
-def whole(pendulum_file, home, tmp_path_factory) -> Path:
-    """One uninterrupted short run, which others are compared with."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    result = run_script("iql_opt", home, *SHORT, "--dataset", pendulum_file, "--run-dir", folder)
-    assert result.returncode == 0, result.stderr
-    return folder
-
-
-def test_run_folder(whole):
-    names = {path.name for path in whole.iterdir() if "tfevents" not in path.name}
-    assert names == {"args.json", "evals.csv", "speed.csv", "offline.pt", "checkpoint.pt", "model.pt"}
-    steps = [(row["phase"], int(row["env_steps"]), int(row["gradient_steps"])) for row in rows(whole)]
-    assert steps == [
-        ("offline", 0, 0),
-        ("offline", 0, 25),
-        ("offline", 0, 40),
-        ("online_pretrain", 30, 70),
-        ("online_finetune", 50, 90),
-        ("online_finetune", 70, 110),
-    ]
-    model = torch.load(whole / "model.pt", weights_only=True)
-    networks = {"actor", "q_off", "v_off", "q_off_target", "q_on", "v_on", "q_on_target"}
-    assert networks <= set(model) and model["kind"] == "model.pt"
-    actor = Actor(4, model["action_dim"])
-    actor.load_state_dict(model["actor"])
-
-
-def test_tensorboard_curves(whole):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(whole))
-    events.Reload()
-    curves = {f"{kind}_{name}_{what}" for kind in "qv" for name in ("off", "on") for what in ("loss", "mean")}
-    curves |= {"actor_loss", "advantage_weight_mean", "kappa", "online_share", "density_ratio_loss"}
-    assert {f"train/{curve}" for curve in curves | {"q_on_pretrain_loss"}} <= set(events.Tags()["scalars"])
-
-
-def test_same_seed_same_run_and_another_seed_another(whole, home, pendulum_file, tmp_path):
-    for name, seed in (("again", 0), ("other", 1)):
-        arguments = (*SHORT, "--dataset", pendulum_file, "--seed", seed, "--run-dir", tmp_path / name)
-        assert run_script("iql_opt", home, *arguments).returncode == 0
-    assert timeless(tmp_path / "again") == timeless(whole) and same_weights(tmp_path / "again", whole)
-    assert timeless(tmp_path / "other") != timeless(whole) and not same_weights(tmp_path / "other", whole)
-
-
-@pytest.mark.parametrize(
-    "phase, step", [("offline", 33), ("collect", 27), ("online_pretrain", 21), ("online_finetune", 27)]
-)
-def test_a_killed_run_resumes_bit_for_bit(whole, home, pendulum_file, tmp_path, phase, step):
-    """SIGKILL in the middle of each stage; the newest checkpoint is some steps old."""
-    arguments = (*SHORT, "--dataset", pendulum_file, "--run-dir", tmp_path / "run", "--checkpoint-freq", 8)
-    assert run_killed_at("iql_opt", phase, step, "SIGKILL", home, *arguments).returncode == -signal.SIGKILL
-    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert (saved["phase"], saved["step"]) == (phase, step - step % 8)
-    result = run_script("iql_opt", home, *arguments, "--resume")
-    assert result.returncode == 0, result.stderr
-    assert timeless(tmp_path / "run") == timeless(whole) and same_weights(tmp_path / "run", whole)
-
-
-@pytest.mark.parametrize(
-    "variant", [("--no-opt",), ("--no-q-on",), ("--kappa-init", 1, "--kappa-end", 1, "--replay", "online")], ids=str
-)
-def test_other_variants_resume_bit_for_bit_too(home, pendulum_file, tmp_path, monkeypatch, variant):
-    """Killed in a process of its own; the resumed and the uninterrupted run are in this one, for speed."""
-    monkeypatch.setenv("HOME", str(home))
-
-    def train(*arguments) -> None:
-        iql_opt.train(tyro.cli(Args, args=[str(argument) for argument in arguments]))
-
-    arguments = (*SHORT, *variant, "--dataset", pendulum_file)
-    train(*arguments, "--run-dir", tmp_path / "whole")
-    arguments += ("--run-dir", tmp_path / "run", "--checkpoint-freq", 14)
-    killed = run_killed_at("iql_opt", "online_finetune", 27, "SIGKILL", home, *arguments)
-    assert killed.returncode == -signal.SIGKILL
-    train(*arguments, "--resume")
-    assert timeless(tmp_path / "run") == timeless(tmp_path / "whole")
-    assert same_weights(tmp_path / "run", tmp_path / "whole")
-
-
-def test_ctrl_c_writes_a_checkpoint_first(whole, home, pendulum_file, tmp_path):
-    arguments = (*SHORT, "--dataset", pendulum_file, "--run-dir", tmp_path / "run")
-    stopped = run_killed_at("iql_opt", "online_finetune", 21, "SIGINT", home, *arguments)
-    assert stopped.returncode == 130 and "Traceback" not in stopped.stderr and "--resume" in stopped.stderr
-    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert (saved["phase"], saved["step"]) == ("online_finetune", 22)
-    assert run_script("iql_opt", home, *arguments, "--resume").returncode == 0
-    assert timeless(tmp_path / "run") == timeless(whole) and same_weights(tmp_path / "run", whole)
-
-
-def test_variants_share_one_offline_phase(whole, home, pendulum_file, tmp_path):
-    """OPT from the vanilla backbone's offline.pt ends where OPT alone ends."""
-    data = (*SHORT, "--dataset", pendulum_file)
-    vanilla, shared = tmp_path / "vanilla", tmp_path / "opt"
-    assert run_script("iql_opt", home, *data, "--no-opt", "--run-dir", vanilla).returncode == 0
-    assert run_script("iql_opt", home, *data, "--offline-from", vanilla, "--run-dir", shared).returncode == 0
-    assert timeless(shared) == timeless(whole) and same_weights(shared, whole)
+def test_its_own_arguments(words, arguments, capsys):
+    with pytest.raises(SystemExit) as error:
+        iql_opt.resolve(Args(**arguments))
+    message = capsys.readouterr().err
+    assert error.value.code == 2 and message.startswith(f"iql_opt.py: {words}") and message.count("\n") == 1

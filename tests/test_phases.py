@@ -8,20 +8,10 @@ import pytest
 import spot_opt
 import td3_opt
 import torch
+from runs import watch_phases
 
-TINY = dict(
-    env_id="InvertedPendulum-v5",
-    offline_steps=6,
-    online_steps=36,
-    n_tau=30,
-    n_pretrain=6,
-    utd=2,
-    batch_size=16,
-    eval_freq=0,
-    eval_episodes=1,
-    tau=0.3,
-    progress=False,
-)
+TINY = dict(env_id="InvertedPendulum-v5", offline_steps=6, online_steps=36, n_tau=30, n_pretrain=6, utd=2)
+TINY |= dict(batch_size=16, eval_freq=0, eval_episodes=1, tau=0.3, progress=False)
 OWN = {
     td3_opt: dict(learning_rate=1e-3),
     spot_opt: dict(vae_steps=1, critic_learning_rate=1e-2, actor_learning_rate=1e-2),  # its networks start near 0
@@ -36,17 +26,9 @@ def train(monkeypatch, pendulum_file, tmp_path, home):
     monkeypatch.setenv("HOME", str(home))
 
     def train(script, **arguments) -> tuple:
-        states, begin = {}, script.Run.begin
-
-        def watch(self, phase):
-            if self.parts:
-                states[phase] = copy.deepcopy({name: part.state_dict() for name, part in self.parts.items()})
-            return begin(self, phase)
-
-        monkeypatch.setattr(script.Run, "begin", watch)
-        args = script.Args(
-            **(TINY | OWN[script] | arguments), dataset=str(pendulum_file), run_dir=str(tmp_path / "run")
-        )
+        states = watch_phases(script, monkeypatch)
+        own = TINY | OWN[script] | dict(dataset=str(pendulum_file), run_dir=str(tmp_path / "run"))
+        args = script.Args(**(own | arguments))
         script.train(args)
         return args, states
 
@@ -91,7 +73,7 @@ def test_what_fine_tuning_samples(script, replay, train, monkeypatch):
     assert len(shares) == 30
     if replay == "balanced":
         assert 0.3 < np.mean(shares[:5]) < 0.7
-        assert states["done"]["balanced"]["tree"]["leaves"].view(-1)[5_000:5_060].all()
+        assert states["done"]["balanced"]["tree.leaves"].view(-1)[5_000:5_060].all()
     elif replay == "uniform":
         assert 0 < np.mean(shares) < 0.04
     else:
@@ -102,9 +84,9 @@ def test_what_fine_tuning_samples(script, replay, train, monkeypatch):
 def test_target_policy_smoothing_has_its_noise_in_every_phase(script, train, monkeypatch):
     given, smoothed_actions = [], script.smoothed_actions
 
-    def watch(actor_target, observations, *noise):
-        given.append(noise)
-        return smoothed_actions(actor_target, observations, *noise)
+    def watch(actor_target, observations, args):
+        given.append((args.policy_noise, args.noise_clip))
+        return smoothed_actions(actor_target, observations, args)
 
     monkeypatch.setattr(script, "smoothed_actions", watch)
     train(script, policy_noise=0.3, noise_clip=0.7)

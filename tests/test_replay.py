@@ -7,19 +7,19 @@ import pytest
 import scipy.stats
 import td3_opt
 import torch
-from td3_opt import BalancedReplay, Dataset, ReplayBuffer, SumTree
+from td3_opt import BalancedReplay, ReplayBuffer, SumTree, Transitions
 
 CPU = torch.device("cpu")
 
 
-def dataset(n: int, observation_dim: int = 3, action_dim: int = 2, seed: int = 0) -> Dataset:
+def dataset(n: int, observation_dim: int = 3, action_dim: int = 2, seed: int = 0) -> Transitions:
     rng = np.random.default_rng(seed)
     columns = (rng.standard_normal((n, observation_dim)), rng.uniform(-1, 1, (n, action_dim)), rng.standard_normal(n))
     columns += (rng.standard_normal((n, observation_dim)), rng.uniform(size=n) < 0.1)
-    return Dataset(*(np.asarray(column, np.float32) for column in columns))
+    return Transitions(*(np.asarray(column, np.float32) for column in columns))
 
 
-def fill_online(buffer: ReplayBuffer, data: Dataset) -> list[int]:
+def fill_online(buffer: ReplayBuffer, data: Transitions) -> list[int]:
     return [buffer.add(*(column[i] for column in data)) for i in range(len(data.rewards))]
 
 
@@ -35,7 +35,7 @@ def test_rows_come_back_as_they_were_stored_and_the_ring_wraps_around():
 
 def test_some_states_of_the_dataset_and_of_the_first_and_last_online_transitions():
     column = np.arange(6_000, dtype=np.float32)[:, None]
-    buffer = ReplayBuffer(Dataset(column, column, column[:, 0], column, column[:, 0]), 13_000, CPU)
+    buffer = ReplayBuffer(Transitions(column, column, column[:, 0], column, column[:, 0]), 13_000, CPU)
     for step in range(12_000):
         buffer.add([-step], [0], 0, [0], 0)
     states = buffer.some_states()
@@ -51,10 +51,10 @@ def test_uniform_samplers_reach_every_row_of_their_buffer_and_no_other():
     n = 30_000
     expected = {"offline": range(10), "online": range(10, 15), "uniform": range(15)}
     for name, rows in expected.items():
-        counts = np.bincount(getattr(buffer, f"sample_{name}")(n), minlength=30)
+        counts = np.bincount(buffer.sample(name, n), minlength=30)
         assert counts[list(rows)].sum() == n
         assert scipy.stats.chisquare(counts[list(rows)]).pvalue > 0.001
-    symmetric = buffer.sample_symmetric(256)
+    symmetric = buffer.sample("symmetric", 256)
     assert (symmetric < 10).sum() == 128 == ((symmetric >= 10) & (symmetric < 15)).sum()
 
 
@@ -73,10 +73,7 @@ def test_sum_tree_draws_proportionally(size):
     expected = priorities / priorities.sum() * 1_000_000
     rare = expected < 10  # chi-square wants 5 or more expected in a cell: one cell for the rare ones
     if rare.any():
-        counts, expected = (
-            np.append(counts[~rare], counts[rare].sum()),
-            np.append(expected[~rare], expected[rare].sum()),
-        )
+        counts, expected = (np.append(x[~rare], x[rare].sum()) for x in (counts, expected))
         if expected[-1] < 5:
             counts, expected = counts[:-1], expected[:-1] * counts[:-1].sum() / expected[:-1].sum()
     assert len(counts) == 1 or scipy.stats.chisquare(counts, expected).pvalue > 0.001
@@ -128,9 +125,8 @@ def gaussian_replay(n: int = 50_000) -> BalancedReplay:
 
     def columns(mean, std):
         observations = np.stack([rng.normal(mean, std, n), np.zeros(n)], 1).astype(np.float32)
-        return Dataset(
-            observations, np.zeros((n, 1), np.float32), np.zeros(n, np.float32), observations, np.zeros(n, np.float32)
-        )
+        zeros = np.zeros((n, 1), np.float32)
+        return Transitions(observations, zeros, zeros[:, 0], observations, zeros[:, 0])
 
     buffer = ReplayBuffer(columns(0.0, 1.0), n, CPU)
     online = columns(0.7, 0.8)
@@ -166,7 +162,7 @@ def test_priorities_after_an_update():
     rows = torch.tensor([3, 1_005, 3, 1_999])
     batch = replay.buffer[rows]
     torch.manual_seed(5)
-    uniform = replay.buffer[torch.cat([replay.buffer.sample_offline(256), replay.buffer.sample_online(256)])]
+    uniform = replay.buffer[torch.cat([replay.buffer.sample(which, 256) for which in ("offline", "online")])]
     with torch.no_grad():
         offline = torch.cat([uniform.observations[:256], uniform.actions[:256]], 1)
         mean_offline = replay.ratio(offline).double().pow(0.2).mean()

@@ -1,13 +1,7 @@
-"""RLPD+OPT: its equations against other computations, whole runs of its three variants, resume, and bad input."""
+"""RLPD+OPT: its equations against other computations, and what its three variants do in their phases."""
 
 import copy
-import csv
 import itertools
-import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +9,8 @@ import pytest
 import rlpd_opt
 import scipy.stats
 import torch
-from conftest import write_file
-from rlpd_opt import Actor, Args, Dataset, LayerNormCritic
+from rlpd_opt import Actor, Args, LayerNormCritic, Transitions
+from runs import equal, rows, watch_phases
 from torch import nn
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
@@ -31,8 +25,8 @@ def double_precision():
     torch.set_default_dtype(torch.float32)
 
 
-def batch(n: int = 16, observation_dim: int = 3, action_dim: int = 2) -> Dataset:
-    return Dataset(
+def batch(n: int = 16, observation_dim: int = 3, action_dim: int = 2) -> Transitions:
+    return Transitions(
         torch.randn(n, observation_dim),
         torch.rand(n, action_dim) * 2 - 1,
         torch.randn(n),
@@ -380,41 +374,6 @@ SHORT |= dict(batch_size=16, eval_freq=10, eval_episodes=1, progress=False)
 VANILLA = dict(opt=False, offline_steps=0, random_steps=14)
 
 
-def flags(arguments: dict) -> list[str]:
-    parts = []
-    for name, value in arguments.items():
-        name = name.replace("_", "-")
-        parts += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
-    return parts
-
-
-def rows(folder: Path, name: str = "evals.csv") -> list[dict]:
-    with open(folder / name, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def timeless(folder: Path) -> list[dict]:
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows(folder)]
-
-
-def tensors(state, name: str = "") -> dict[str, torch.Tensor]:
-    if isinstance(state, torch.Tensor):
-        return {name: state}
-    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list) else ()
-    return {key: tensor for k, value in items for key, tensor in tensors(value, f"{name}/{k}").items()}
-
-
-def same(a, b) -> bool:
-    a, b = tensors(a), tensors(b)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def same_weights(a: Path, b: Path) -> bool:
-    first, second = (torch.load(folder / "model.pt", weights_only=True) for folder in (a, b))
-    assert len(tensors(first)) > 30 and "/temperature/log_alpha" in tensors(first)
-    return same(first, second)
-
-
 @pytest.fixture
 def train(monkeypatch, pendulum_file, tmp_path, home):
     """Train in this process."""
@@ -431,17 +390,9 @@ def train(monkeypatch, pendulum_file, tmp_path, home):
 @pytest.fixture
 def watched(train, monkeypatch):
     """Train in this process, with a copy of all parts at the start of every phase and at the end."""
-    begin = rlpd_opt.Run.begin
 
     def watched(**arguments) -> dict[str, dict]:
-        states = {}
-
-        def watch(self, phase):
-            if self.parts:
-                states[phase] = copy.deepcopy({name: part.state_dict() for name, part in self.parts.items()})
-            return begin(self, phase)
-
-        monkeypatch.setattr(rlpd_opt.Run, "begin", watch)
+        states = watch_phases(rlpd_opt, monkeypatch)
         train(**arguments)
         return states
 
@@ -449,7 +400,8 @@ def watched(train, monkeypatch):
 
 
 def changed(before: dict, after: dict) -> set[str]:
-    return {name for name in before if not same(before[name], after[name])} - {"buffer", "collector", "balanced"}
+    agent = before.keys() - {"buffer", "collector", "balanced", "ratio_optimizer"}
+    return {name for name in agent if not equal(before[name], after[name])}
 
 
 def steps_of(optimizer: dict) -> set[int]:
@@ -520,7 +472,7 @@ def test_vanilla_acts_at_random_before_its_first_update(watched, tmp_path):
 @pytest.mark.parametrize("variant", [{}, {"opt": False}, VANILLA], ids=str)
 def test_half_of_every_batch_is_from_each_buffer_and_subsets_change(train, variant, monkeypatch):
     phase, shares, subsets = [], {"offline": [], "online_finetune": []}, []
-    begin, getitem, random_subset = rlpd_opt.Run.begin, rlpd_opt.ReplayBuffer.__getitem__, rlpd_opt.random_subset
+    loop, getitem, random_subset = rlpd_opt.Run.loop, rlpd_opt.ReplayBuffer.__getitem__, rlpd_opt.random_subset
 
     def watch_rows(self, indices):
         if phase[-1] in shares:
@@ -531,7 +483,7 @@ def test_half_of_every_batch_is_from_each_buffer_and_subsets_change(train, varia
         subsets.append(random_subset(*arguments))
         return subsets[-1]
 
-    monkeypatch.setattr(rlpd_opt.Run, "begin", lambda self, name: (phase.append(name), begin(self, name))[1])
+    monkeypatch.setattr(rlpd_opt.Run, "loop", lambda *a, **kw: (phase.append(a[1]), loop(*a, **kw))[1])
     monkeypatch.setattr(rlpd_opt.ReplayBuffer, "__getitem__", watch_rows)
     monkeypatch.setattr(rlpd_opt, "random_subset", watch_subset)
     train(**variant)
@@ -662,149 +614,28 @@ def test_one_step_of_online_pretraining_is_the_loss_it_is_said_to_be(watched, ar
             torch.testing.assert_close(a, want, rtol=1e-2, atol=1e-3 * want.abs().max().item())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Determinism and resume
-# ----------------------------------------------------------------------------------------------------------------------
-
-PAUSE = """
-import os, signal, sys
-sys.path.insert(0, {folder!r})
-import rlpd_opt, tyro
-steps = rlpd_opt.Run.steps
-def killed(self, *args, **kwargs):
-    for step in steps(self, *args, **kwargs):
-        if (self.phase, step) == ({phase!r}, {step}):
-            os.kill(os.getpid(), signal.{signal})
-        yield step
-rlpd_opt.Run.steps = killed
-rlpd_opt.train(tyro.cli(rlpd_opt.Args))
-"""
-
-
-def script(home: Path, code: list[str], arguments: dict) -> subprocess.CompletedProcess:
-    """Run the script, or a few lines that import it, in a process of its own."""
-    environment = os.environ | {"HOME": str(home), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *code, *flags(arguments)], env=environment, capture_output=True, text=True)
-
-
-@pytest.fixture(scope="module")
-def whole(pendulum_file, home, tmp_path_factory) -> dict[str, Path]:
-    """An uninterrupted short run of each variant, which others are compared with; OPT's in a process of its own."""
-    folders = {name: tmp_path_factory.mktemp("whole") / name for name in ("opt", "off-to-on", "vanilla")}
-    data = {"dataset": str(pendulum_file)}
-    result = script(home, [rlpd_opt.__file__], SHORT | data | {"run_dir": str(folders["opt"])})
-    assert result.returncode == 0, result.stderr
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HOME", str(home))
-        for name, variant in (("off-to-on", {"opt": False}), ("vanilla", VANILLA)):
-            rlpd_opt.train(Args(**(SHORT | data | variant | {"run_dir": str(folders[name])})))
-    return folders
-
-
-def test_run_folders(whole):
-    names = {path.name for path in whole["opt"].iterdir() if "tfevents" not in path.name}
-    assert names == {"args.json", "evals.csv", "speed.csv", "offline.pt", "checkpoint.pt", "model.pt"}
-    steps = {
-        variant: [(row["phase"], int(row["env_steps"]), int(row["gradient_steps"])) for row in rows(folder)]
-        for variant, folder in whole.items()
-    }
-    offline = [("offline", 0, n) for n in (0, 10, 20, 24)]
-    assert steps["opt"] == offline + [
-        ("online_pretrain", 24, 36),
-        ("online_finetune", 30, 60),
-        ("online_finetune", 36, 84),
-    ]
-    assert steps["off-to-on"] == offline + [("online_finetune", n, 24 + 4 * n) for n in (10, 20, 30, 36)]
-    assert steps["vanilla"] == [("offline", 0, 0)] + [("online_finetune", n, 4 * (n - 14)) for n in (20, 30, 36)]
-    args = json.loads((whole["opt"] / "args.json").read_text())
-    assert (args["exp_name"], args["replay"], args["subset_size"]) == ("rlpd_opt", "symmetric", 2)
-    assert (args["kappa_init"], args["kappa_decay"], args["kappa_end"]) == (0.1, 18, 0.9)
-
-
-def test_a_saved_model_acts(whole):
-    model = torch.load(whole["opt"] / "model.pt", weights_only=True)
-    actor = Actor(len(model["observation_mean"]), model["action_dim"], model["args"]["hidden_layers"])
-    actor.load_state_dict(model["actor"])
-    assert model["observation_mean"].tolist() == [0] * 4 and model["observation_std"].tolist() == [1] * 4
-    assert actor(torch.randn(7, 4)).shape == (7, 1)
-
-
-def test_same_seed_same_run_and_another_seed_another(whole, train):
-    again, other = train("again"), train("other", seed=1)
-    assert timeless(again) == timeless(whole["opt"]) and same_weights(again, whole["opt"])
-    assert timeless(other) != timeless(whole["opt"]) and not same_weights(other, whole["opt"])
-
-
-KILLS = [
-    ("opt", {}, "offline", 17),
-    ("opt", {}, "collect", 17),
-    ("opt", {}, "online_pretrain", 9),
-    ("opt", {}, "online_finetune", 7),
-    ("off-to-on", {"opt": False}, "online_finetune", 21),
-    ("vanilla", VANILLA, "collect", 11),
-    ("vanilla", VANILLA, "online_finetune", 9),
+OFFLINE = [("offline", 0, n) for n in (0, 10, 20, 24)]
+EVALUATIONS = [
+    ({}, OFFLINE + [("online_pretrain", 24, 36), ("online_finetune", 30, 60), ("online_finetune", 36, 84)]),
+    ({"opt": False}, OFFLINE + [("online_finetune", n, 24 + 4 * n) for n in (10, 20, 30, 36)]),
+    (VANILLA, [("offline", 0, 0)] + [("online_finetune", n, 4 * (n - 14)) for n in (20, 30, 36)]),
 ]
 
 
-@pytest.mark.parametrize("name, variant, phase, step", KILLS, ids=str)
-def test_a_killed_run_resumes_bit_for_bit(whole, train, home, pendulum_file, tmp_path, name, variant, phase, step):
-    """SIGKILL in the middle of each phase; the newest checkpoint is a step or more old."""
-    arguments = {"run_dir": tmp_path / "run", "checkpoint_freq": 8}
-    code = PAUSE.format(folder=str(Path(rlpd_opt.__file__).parent), phase=phase, step=step, signal="SIGKILL")
-    result = script(home, ["-c", code], SHORT | variant | {"dataset": pendulum_file} | arguments)
-    assert result.returncode == -signal.SIGKILL, result.stderr
-    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert (saved["phase"], saved["step"]) == (phase, step - step % (2 if phase == "online_finetune" else 8))
-    assert saved["step"] < step
-    with open(tmp_path / "run" / "evals.csv", "a") as file:
-        file.write("online_finetune,7")  # half a row, as a kill may leave it
-    train(resume=True, checkpoint_freq=8, **variant)
-    assert timeless(tmp_path / "run") == timeless(whole[name]) and same_weights(tmp_path / "run", whole[name])
-    phases = [[row["phase"] for row in rows(folder, "speed.csv")] for folder in (tmp_path / "run", whole[name])]
-    assert phases[0] == phases[1]
-
-
-def test_ctrl_c_writes_a_checkpoint_first(whole, train, home, pendulum_file, tmp_path):
-    code = PAUSE.format(folder=str(Path(rlpd_opt.__file__).parent), phase="collect", step=5, signal="SIGINT")
-    arguments = VANILLA | {"dataset": pendulum_file, "run_dir": tmp_path / "run"}
-    result = script(home, ["-c", code], SHORT | arguments)
-    assert result.returncode == 130 and "Traceback" not in result.stderr and "--resume" in result.stderr
-    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert (saved["phase"], saved["step"]) == ("collect", 6)
-    train(resume=True, **VANILLA)
-    assert timeless(tmp_path / "run") == timeless(whole["vanilla"]) and same_weights(tmp_path / "run", whole["vanilla"])
-
-
-def test_variants_share_one_offline_phase(whole, train):
-    """OPT from off-to-on's offline.pt, temperature included, ends where OPT alone ends; and the other way round."""
-    opt = train("opt", offline_from=str(whole["off-to-on"]))
-    assert timeless(opt) == timeless(whole["opt"]) and same_weights(opt, whole["opt"])
-    off_to_on = train("off-to-on", opt=False, offline_from=str(whole["opt"] / "offline.pt"))
-    assert timeless(off_to_on) == timeless(whole["off-to-on"]) and same_weights(off_to_on, whole["off-to-on"])
-    parts = torch.load(whole["opt"] / "offline.pt", weights_only=True)["parts"]
-    assert set(parts) == Q_OFF | POLICY and parts["temperature"]["log_alpha"] != 0
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Bad input
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def refused(capsys, train):
-    """Training must exit with status 2 and one line holding all these words."""
-
-    def refused(*words: str, **arguments) -> None:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as error:
-            train(**arguments)
-        message = capsys.readouterr().err
-        assert error.value.code == 2
-        assert message.startswith("rlpd_opt.py: ") and message.count("\n") == 1, message
-        for word in words:
-            assert word in message, message
-
-    return refused
+@pytest.mark.parametrize("variant, evaluations", EVALUATIONS)
+def test_when_it_evaluates_and_what_it_leaves(train, variant, evaluations):
+    folder = train(**variant)
+    steps = [(row["phase"], int(row["env_steps"]), int(row["gradient_steps"])) for row in rows(folder)]
+    assert steps == evaluations
+    offline = torch.load(folder / "offline.pt", weights_only=True)["parts"]
+    assert set(offline) == Q_OFF | POLICY and (variant is VANILLA) == (offline["temperature"]["log_alpha"] == 0)
+    model = torch.load(folder / "model.pt", weights_only=True)
+    networks = {"actor", "temperature", "q_off", "q_off_target"} | ({"q_on", "q_on_target"} if not variant else set())
+    assert model.keys() >= networks and ("q_on" in model) == (not variant)
+    assert model["observation_mean"].tolist() == [0] * 4 and model["observation_std"].tolist() == [1] * 4
+    actor = Actor(4, model["action_dim"], model["args"]["hidden_layers"])
+    actor.load_state_dict(model["actor"])
+    assert actor(torch.randn(7, 4)).shape == (7, 1)
 
 
 @pytest.mark.parametrize(
@@ -816,66 +647,21 @@ def refused(capsys, train):
         (["--random-steps is 36", "less than --online-steps (36)"], VANILLA | {"random_steps": 36}),
         (["--random-steps is 5000", "(36)"], dict(opt=False, offline_steps=0)),
         (["--random-steps is 5", "less than --online-steps (0)"], VANILLA | {"random_steps": 5, "online_steps": 0}),
-        (["--random-steps", "--no-opt", "leave it out"], dict(random_steps=5)),
-        (["--random-steps is -1", "0 or more"], VANILLA | {"random_steps": -1}),
+        (["--random-steps", "--no-opt", "OPT collects with its policy"], dict(random_steps=5)),
         (["--subset-size is 11", "at most --ensemble-size (10)"], dict(subset_size=11)),
         (["--subset-size is 2", "at most --ensemble-size (1)"], dict(ensemble_size=1)),
         (["--subset-size is 0", "1 or more"], dict(subset_size=0)),
         (["--ensemble-size is 0", "1 or more"], dict(ensemble_size=0)),
         (["--hidden-layers is 0", "1 or more"], dict(hidden_layers=0)),
-        (["--utd is 0", "1 or more"], dict(utd=0)),
         (["--n-tau is 36", "less than --online-steps (36)"], dict(n_tau=36)),
-        (["--offline-steps is -1"], dict(offline_steps=-1)),
-        (["--online-steps is -1"], dict(online_steps=-1, opt=False)),
-        (["--kappa-init is 1.5", "from 0 to 1"], dict(kappa_init=1.5)),
         (["--kappa-*", "--no-q-on"], dict(q_on=False, kappa_init=0.5)),
-        (["--learning-rate is nan"], dict(learning_rate=float("nan"))),
-        (["InvertedPendulum-v5"], dict(env_id="InvertedPendulm-v5")),
-        (["--batch-size 5002", "5000 transitions"], dict(batch_size=5_002)),
-        (["is not a file", "--dataset"], dict(dataset="missing.hdf5")),
+        (["--kappa-*", "--no-opt"], dict(opt=False, kappa_end=0.5)),
     ],
+    ids=str,
 )
-def test_arguments(refused, words, arguments):
-    refused(*words, **arguments)
-
-
-def test_cuda_without_cuda(refused, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    refused("--device cuda", "--device cpu", device="cuda")
-
-
-def test_saved_runs_that_do_not_fit(refused, whole, tmp_path):
-    refused("holds a run already", "--resume", run_dir=str(whole["opt"]))
-    refused("--utd 4 (now 3)", "--subset-size 2 (now 1)", run_dir=str(whole["opt"]), resume=True, utd=3, subset_size=1)
-    offline = dict(offline_from=str(whole["opt"]))
-    refused("--seed 0 (now 1)", seed=1, **offline)
-    refused("--utd 4 (now 5)", utd=5, **offline)
-    refused(
-        "--hidden-layers 2 (now 3)",
-        "--backup-entropy True (now False)",
-        hidden_layers=3,
-        backup_entropy=False,
-        **offline,
-    )
-    refused("model.pt is no offline.pt", offline_from=str(whole["opt"] / "model.pt"))
-    content = (whole["opt"] / "offline.pt").read_bytes()
-    (tmp_path / "damaged.pt").write_bytes(content[: len(content) // 2])
-    refused("damaged.pt is damaged", offline_from=str(tmp_path / "damaged.pt"))
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "checkpoint.pt").write_bytes(content[:1_000])
-    refused("checkpoint.pt is damaged", "delete it", run_dir=str(tmp_path / "broken"), resume=True)
-
-
-def test_damaged_data(refused, pendulum_columns, tmp_path):
-    rewards = pendulum_columns["rewards"].copy()
-    rewards[7] = np.nan
-    bad = write_file(tmp_path / "nan.hdf5", pendulum_columns | {"rewards": rewards})
-    refused("NaN or infinity in 'rewards'", dataset=str(bad))
-    short = write_file(tmp_path / "short.hdf5", {k: v for k, v in pendulum_columns.items() if k != "actions"})
-    refused("has no 'actions'", dataset=str(short))
-
-
-def test_on_the_command_line_there_is_one_line_and_no_traceback(home):
-    result = script(home, [rlpd_opt.__file__], {"env_id": "walker-random-v2"})
-    assert result.returncode == 2 and result.stdout == ""
-    assert "walker2d-random-v2" in result.stderr and result.stderr.count("\n") == 1
+def test_arguments_that_do_not_go_together(words, arguments, capsys):
+    with pytest.raises(SystemExit) as error:
+        rlpd_opt.resolve(Args(**(SHORT | arguments)))
+    message = capsys.readouterr().err
+    assert error.value.code == 2 and message.startswith("rlpd_opt.py: ") and message.count("\n") == 1
+    assert all(word in message for word in words), message

@@ -1,20 +1,11 @@
 """SPOT's own formulas and phases. What it shares with td3_opt.py is tested there."""
 
-import copy
-import csv
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
-
-import gymnasium as gym
 import numpy as np
 import pytest
 import spot_opt
 import torch
+from runs import equal, rows, watch_phases
 from spot_opt import Args
-from test_goal_tasks import Walk, collect
 
 SHORT = dict(env_id="InvertedPendulum-v5", vae_steps=12, offline_steps=20, online_steps=60, n_tau=30, n_pretrain=16)
 SHORT |= dict(batch_size=16, eval_episodes=1, eval_freq=0, progress=False)
@@ -188,36 +179,18 @@ def test_exploration_noise_has_its_size_and_is_clipped():
 def watched(monkeypatch, pendulum_file, tmp_path, home):
     """Train in this process, with a copy of all parts at the start of every phase and at the end."""
     monkeypatch.setenv("HOME", str(home))
-    begin = spot_opt.Run.begin
 
     def watched(**arguments) -> dict[str, dict]:
-        states = {}
-
-        def watch(self, phase):
-            if self.parts:
-                states[phase] = copy.deepcopy({name: part.state_dict() for name, part in self.parts.items()})
-            return begin(self, phase)
-
-        monkeypatch.setattr(spot_opt.Run, "begin", watch)
+        states = watch_phases(spot_opt, monkeypatch)
         spot_opt.train(Args(**(SHORT | arguments), dataset=str(pendulum_file), run_dir=str(tmp_path / "run")))
         return states
 
     return watched
 
 
-def tensors(state, name: str = "") -> dict[str, torch.Tensor]:
-    if isinstance(state, torch.Tensor):
-        return {name: state}
-    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list) else ()
-    return {key: tensor for k, value in items for key, tensor in tensors(value, f"{name}/{k}").items()}
-
-
 def changed(before: dict, after: dict) -> set[str]:
-    def equal(a, b):
-        a, b = tensors(a), tensors(b)
-        return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-    return {name for name in before if not equal(before[name], after[name])} - {"buffer", "collector", "balanced"}
+    agent = before.keys() - {"buffer", "collector", "balanced", "ratio_optimizer"}
+    return {name for name in agent if not equal(before[name], after[name])}
 
 
 def updates(state: dict) -> set[int]:
@@ -229,16 +202,13 @@ POLICY = {"actor", "actor_target", "actor_optimizer"}
 
 
 def test_what_each_phase_changes(watched):
-    """Bit for bit: the VAE's phase only the VAE, which is frozen from then on; collection nothing; and so on."""
+    """Bit for bit: the VAE's phase only the VAE, frozen from then on; collection forgets Adam's moments; and so on."""
     states = watched()
     vae = {"vae", "vae_optimizer"}
     assert changed(states["vae"], states["offline"]) == vae
     assert changed(states["offline"], states["collect"]) == Q_OFF | POLICY
-    assert changed(states["collect"], states["online_pretrain"]) == set()
-    assert changed(states["online_pretrain"], states["online_finetune"]) == Q_ON | {
-        "actor_optimizer",
-        "q_off_optimizer",
-    }
+    assert changed(states["collect"], states["online_pretrain"]) == {"actor_optimizer", "q_off_optimizer"}
+    assert changed(states["online_pretrain"], states["online_finetune"]) == Q_ON
     assert changed(states["online_finetune"], states["done"]) == Q_OFF | Q_ON | POLICY
     # the optimisers of the offline phase start anew online: 30 steps, of which 15 move the policy
     assert updates(states["collect"]["q_off_optimizer"]) == {20} and updates(states["done"]["q_off_optimizer"]) == {30}
@@ -249,9 +219,8 @@ def test_what_each_phase_changes(watched):
 def test_vanilla_resets_its_optimisers_where_it_goes_online(watched):
     states = watched(opt=False)
     assert changed(states["online_finetune"], states["done"]) == Q_OFF | POLICY
-    assert updates(states["online_finetune"]["q_off_optimizer"]) == {20} and updates(
-        states["done"]["q_off_optimizer"]
-    ) == {60}
+    assert updates(states["online_finetune"]["q_off_optimizer"]) == {20}
+    assert updates(states["done"]["q_off_optimizer"]) == {60}
 
 
 @pytest.mark.parametrize(
@@ -261,13 +230,13 @@ def test_vanilla_resets_its_optimisers_where_it_goes_online(watched):
 )
 def test_switches(watched, arguments):
     states = watched(**arguments)
-    pretrained = changed(states["online_pretrain"], states["online_finetune"]) - {"actor_optimizer"}
+    pretrained = changed(states["online_pretrain"], states["online_finetune"])
     tuned = changed(states["online_finetune"], states["done"])
     if "q_on" in arguments:
         assert pretrained == Q_OFF and tuned == Q_OFF | POLICY and "q_on" not in states["done"]
         assert updates(states["done"]["q_off_optimizer"]) == {46}
     elif "q_on_init" in arguments:
-        assert pretrained == {"q_off_optimizer"} and tuned == Q_OFF | Q_ON | POLICY
+        assert pretrained == set() and tuned == Q_OFF | Q_ON | POLICY
     elif "replay" in arguments:
         assert "balanced" not in states["done"] and tuned == Q_OFF | Q_ON | POLICY
     else:
@@ -361,100 +330,33 @@ def test_each_critic_has_its_own_target_and_the_policy_its_mix(first_steps):
     assert not torch.equal(q_off, q_on)
 
 
-def rows(folder: Path) -> list[dict]:
-    with open(folder / "evals.csv", newline="") as file:
-        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
-
-
-KILL = """
-import os, signal, sys
-sys.path.insert(0, {folder!r})
-import spot_opt, tyro
-steps = spot_opt.Run.steps
-def killed(self, *args, **kwargs):
-    for step in steps(self, *args, **kwargs):
-        if (self.phase, step) == ({phase!r}, {step}):
-            os.kill(os.getpid(), signal.SIGKILL)
-        yield step
-spot_opt.Run.steps = killed
-spot_opt.train(tyro.cli(spot_opt.Args))
-"""
-
-
-@pytest.fixture
-def command(pendulum_file, home, tmp_path):
-    def command(name: str, *arguments, kill: tuple | None = None, **environment) -> int:
-        flags = [f"--{key.replace('_', '-')}={value}" for key, value in SHORT.items() if key != "progress"]
-        flags += ["--no-progress", f"--run-dir={tmp_path / name}", *arguments]
-        if not environment:
-            flags.append(f"--dataset={pendulum_file}")
-        script = [spot_opt.__file__]
-        if kill:
-            script = ["-c", KILL.format(folder=str(Path(spot_opt.__file__).parent), phase=kill[0], step=kill[1])]
-        environment = os.environ | {"HOME": str(home), "OMP_NUM_THREADS": "1"} | environment
-        return subprocess.run([sys.executable, *script, *flags], env=environment, capture_output=True).returncode
-
-    return command
-
-
-@pytest.mark.parametrize("env_id", ["antmaze-umaze-v2", "pen-cloned-v1"])
-def test_resume_on_goal_tasks(command, tmp_path, monkeypatch, env_id):
-    """Killed in every phase, in the last in the middle of an episode of the ant and of the hand."""
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "store"))
-    env = Walk() if "antmaze" in env_id else gym.make("AdroitHandPen-v1", max_episode_steps=20)
-    collect(spot_opt.minari_id(env_id), env, [None, None])
-    folders = {"MINARI_DATASETS_PATH": str(tmp_path / "store"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    task = f"--env-id={env_id}"
-    assert command("whole", task, **folders) == 0
-    steps = {"vae": 7, "offline": 13, "collect": 17, "online_pretrain": 11, "online_finetune": 21}
-    for kill in steps.items():
-        arguments = (task, "--checkpoint-freq=5", "--resume")
-        assert command("run", *arguments, kill=kill, **folders) == -signal.SIGKILL
-        assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["phase"] == kill[0]
-    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["parts"]["collector"]["episode_steps"] > 20
-    assert command("run", task, "--checkpoint-freq=5", "--resume", **folders) == 0
-    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
-    weights = [tensors(torch.load(tmp_path / name / "model.pt", weights_only=True)) for name in ("run", "whole")]
-    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[1])
-
-
-def test_resume_and_repetition_are_bit_for_bit(command, tmp_path):
-    """Killed in every phase, one after the other, and resumed each time."""
-    assert command("whole") == 0 and command("again") == 0 and command("other", "--seed=1") == 0
-    steps = {"vae": 7, "offline": 13, "collect": 17, "online_pretrain": 11, "online_finetune": 21}
-    for kill in steps.items():
-        assert command("run", "--checkpoint-freq=5", "--resume", kill=kill) == -signal.SIGKILL
-        assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["phase"] == kill[0]
-    assert command("run", "--checkpoint-freq=5", "--resume") == 0
-    weights = {
-        name: tensors(torch.load(tmp_path / name / "model.pt", weights_only=True))
-        for name in ("whole", "again", "run", "other")
-    }
-    for name in ("again", "run"):
-        assert rows(tmp_path / name) == rows(tmp_path / "whole")
-        assert all(torch.equal(weights[name][key], weights["whole"][key]) for key in weights["whole"])
-    assert rows(tmp_path / "other") != rows(tmp_path / "whole")
-    assert command("vanilla", "--no-opt") == 0
-    assert command("shared", "--offline-from", str(tmp_path / "vanilla")) == 0
-    assert rows(tmp_path / "shared") == rows(tmp_path / "whole")
+def test_when_it_evaluates_and_what_it_leaves(watched, tmp_path):
+    watched(eval_freq=15)
+    steps = [(row["phase"], int(row["env_steps"]), int(row["gradient_steps"])) for row in rows(tmp_path / "run")]
+    assert steps[:4] == [("vae", 0, 0), ("offline", 0, 27), ("offline", 0, 32), ("online_pretrain", 30, 48)]
+    assert steps[4:] == [("online_finetune", 45, 63), ("online_finetune", 60, 78)]
+    offline = torch.load(tmp_path / "run" / "offline.pt", weights_only=True)["parts"]
+    assert set(offline) == Q_OFF | POLICY | {"vae", "vae_optimizer"}
+    model = torch.load(tmp_path / "run" / "model.pt", weights_only=True)
+    spot_opt.Actor(4, model["action_dim"]).load_state_dict(model["actor"])
+    assert model.keys() >= {"actor", "actor_target", "vae", "q_off", "q_off_target", "q_on", "q_on_target"}
 
 
 @pytest.mark.parametrize(
     "words, arguments",
     [
-        (("--vae-steps", "0 or more"), {"vae_steps": -1}),
-        (("--lambda-init", "0 or more"), {"lambda_init": -0.1}),
-        (("--lambda-end", "from 0 to 1"), {"lambda_end": 1.5}),
-        (("--online-gamma", "from 0 to 1"), {"online_gamma": 2.0}),
-        (("--n-tau", "--online-steps"), {"n_tau": 60}),
-        (("--kappa-init", "from 0 to 1"), {"kappa_init": 1.5}),
-        (("antmaze-umaze-v2",), {"env_id": "antmaze-umase-v2", "dataset": None}),
+        ("--vae-steps is -1: write 0 or more", {"vae_steps": -1}),
+        ("--lambda-init is -0.1: write a number, 0 or more", {"lambda_init": -0.1}),
+        ("--lambda-end is 1.5: write a number from 0 to 1", {"lambda_end": 1.5}),
+        ("--online-gamma is 2.0: write a number from 0 to 1", {"online_gamma": 2.0}),
+        ("--actor-learning-rate is 0.0: write a positive number", {"actor_learning_rate": 0.0}),
+        ("--critic-learning-rate is nan: write a positive number", {"critic_learning_rate": float("nan")}),
+        ("--vae-learning-rate is inf: write a positive number", {"vae_learning_rate": float("inf")}),
+        ("--kl-weight is inf: write a number, 0 or more", {"kl_weight": float("inf")}),
     ],
-    ids=str,
 )
-def test_bad_input(words, arguments, pendulum_file, tmp_path, capsys):
+def test_its_own_arguments(words, arguments, capsys):
     with pytest.raises(SystemExit) as error:
-        spot_opt.train(Args(**(SHORT | {"dataset": str(pendulum_file), "run_dir": str(tmp_path / "run")} | arguments)))
+        spot_opt.resolve(Args(**arguments))
     message = capsys.readouterr().err
-    assert error.value.code == 2 and message.startswith("spot_opt.py: ") and message.count("\n") == 1
-    assert all(word in message for word in words), message
+    assert error.value.code == 2 and message == f"spot_opt.py: {words}\n"
