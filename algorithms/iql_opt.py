@@ -410,13 +410,15 @@ class SumTree(nn.Module):
         self.nodes[nodes] = self.leaves.index_select(0, nodes).sum(1)
 
     def sample(self, n: int) -> torch.Tensor:
-        """n leaves [n], independently, each with probability priority / total."""
-        # Two draws each, of a node and of a leaf in it; 1e-12: rounding must not lead past the last positive one
-        draws = torch.rand(2, n, dtype=torch.float64, device=self.nodes.device).mul_(1 - 1e-12)
+        """n leaves [n], each with probability priority / total: one from each n-th part of the total (as Off2On)."""
+        draws = torch.arange(n, device=self.nodes.device) + torch.rand(n, dtype=torch.float64, device=self.nodes.device)
         ends = self.nodes.cumsum(0)
-        node = torch.searchsorted(ends, draws[0] * ends[-1], right=True)
+        mass = draws * (ends[-1] / n * (1 - 1e-12))  # rounding must not lead past the last positive priority
+        node = torch.searchsorted(ends, mass, right=True)
+        mass -= (ends - self.nodes).index_select(0, node)  # what of it lies in the node
         ends = self.leaves.index_select(0, node).cumsum(1)
-        leaf = torch.searchsorted(ends, (draws[1] * ends[:, -1]).unsqueeze(1), right=True).squeeze(1)
+        mass = mass.clamp_(min=0).minimum(ends[:, -1] * (1 - 1e-12))  # nor to an empty leaf
+        leaf = torch.searchsorted(ends, mass.unsqueeze(1), right=True).squeeze(1)
         return node * self.WIDTH + leaf
 
 
@@ -438,7 +440,9 @@ class BalancedReplay(nn.Module):
         inputs = sum(buffer.widths[:2])
         hidden = [nn.Linear(inputs, 256), nn.ReLU(inplace=True), nn.Linear(256, 256), nn.ReLU(inplace=True)]
         self.ratio = nn.Sequential(*hidden, nn.Linear(256, 1), nn.ReLU()).to(device)
-        nn.init.ones_(self.ratio[4].bias)
+        for layer, bound in zip(self.ratio[::2], (1 / 16, 1 / 16, 3e-3), strict=True):  # Off2On's initial weights
+            nn.init.uniform_(layer.weight, -bound, bound)
+            nn.init.constant_(layer.bias, float(layer is self.ratio[4]))
         self.optimizer = make_adam(self.ratio, 3e-4)
         self.register_buffer("largest", torch.ones((), dtype=torch.float64, device=device))
 
@@ -803,8 +807,7 @@ ANTMAZE_RADIUS = 0.45  # within it the goal is reached; gymnasium-robotics' own
 ADROIT_LIMITS = {"pen": 100, "hammer": 200, "door": 200, "relocate": 200}  # D4RL's; pen is registered with 200
 ADROIT_TASKS = tuple(f"{env}-cloned-v1" for env in ADROIT_LIMITS)
 TASKS = MUJOCO_TASKS + ANTMAZE_TASKS + ADROIT_TASKS
-# D4RL's (min, max)
-REFERENCE_RETURNS = {"halfcheetah": (-280.178953, 12135.0), "hopper": (-20.272305, 3234.3)}
+REFERENCE_RETURNS = {"halfcheetah": (-280.178953, 12135.0), "hopper": (-20.272305, 3234.3)}  # D4RL's (min, max)
 REFERENCE_RETURNS |= {"walker2d": (1.629008, 4592.3), "antmaze": (0.0, 1.0), "pen": (96.262799, 3076.8331017826877)}
 REFERENCE_RETURNS |= {"hammer": (-274.856578, 12794.134825156867), "door": (-56.512833, 2880.5693087298737)}
 REFERENCE_RETURNS |= {"relocate": (-6.425911, 4233.877797728884)}
@@ -1139,8 +1142,7 @@ class Run:
         self.env_steps, self.gradient_steps, self.seconds = 0, 0, 0.0  # of the whole run; seconds with evaluation
         self.score = math.nan  # the newest: normalised, or the mean return where D4RL has no reference
         self.evals, self.speed = [self.EVALS], [self.SPEED]  # what the .csv files hold
-        self.metrics, self.tracker = {}, None
-        self.signal, self.old_handlers = 0, {}  # the signal that asked to stop; what handled signals before
+        self.metrics, self.tracker, self.signal, self.old_handlers = {}, None, 0, {}  # signal: which asked to stop
         checkpoint, self.state = self.folder / "checkpoint.pt", {}
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -79,7 +79,8 @@ class Args:
     online_steps: int = 300_000  # environment steps of the online phase, the first n_tau included
     n_tau: int = 25_000  # environment steps collected with the offline policy before online pre-training (Section 4.1)
     n_pretrain: int = 50_000  # gradient steps of online pre-training (Section 4.1)
-    utd: int = 20  # critic steps per environment step, then a policy and a temperature step; offline too
+    utd: int = 20  # critic steps per environment step, then a policy and a temperature step
+    offline_utd: int = 1  # critic steps for one policy and temperature step of the offline phase [choice]
     random_steps: int | None = None  # of random actions at first (--no-opt); None: 5,000 if offline_steps is 0, else 0
     # OPT
     kappa_init: float | None = None  # weight of Q_on in the policy's objective at the first online step; None: Table 15
@@ -121,7 +122,7 @@ class Args:
 
 
 PHASES = ("start", "offline", "collect", "online_pretrain", "online_finetune", "done")
-OFFLINE_ARGS = """env_id seed offline_steps batch_size learning_rate gamma tau utd ensemble_size subset_size
+OFFLINE_ARGS = """env_id seed offline_steps batch_size learning_rate gamma tau offline_utd ensemble_size subset_size
     backup_entropy hidden_layers normalize_states""".split()  # what offline.pt depends on
 BOUNDS = {
     "a whole number from 0 to 4294967295": ("seed", lambda x: 0 <= x < 2**32),
@@ -129,7 +130,7 @@ BOUNDS = {
         "random_steps offline_steps online_steps n_tau n_pretrain eval_freq checkpoint_freq",
         lambda x: x >= 0,
     ),
-    "1 or more": ("utd batch_size eval_episodes ensemble_size subset_size hidden_layers", lambda x: x >= 1),
+    "1 or more": ("utd offline_utd batch_size eval_episodes ensemble_size subset_size hidden_layers", lambda x: x >= 1),
     "a number from 0 to 1": ("kappa_init kappa_end gamma tau", lambda x: 0 <= x <= 1),
     "a number between 0 and 1": ("init_online_fraction", lambda x: 0 < x < 1),
     "a positive number": ("learning_rate meta_lr", lambda x: 0 < x < math.inf),
@@ -387,10 +388,8 @@ def policy_value(critic: nn.Module, observations: torch.Tensor, actions: torch.T
 
 def policy_loss(q_off: torch.Tensor | None, q_on: torch.Tensor | None, kappa: torch.Tensor | float) -> torch.Tensor:
     """Eq. 4 on values [B] of pi(s): -mean[(1 - kappa) Q_off + kappa Q_on]; a Q that never counts may be None."""
-    if q_on is None:
-        return -q_off.mean()
-    if q_off is None:
-        return -q_on.mean()
+    if q_on is None or q_off is None:
+        return -(q_off if q_on is None else q_on).mean()
     return -((1 - kappa) * q_off + kappa * q_on).mean()
 
 
@@ -420,13 +419,15 @@ class SumTree(nn.Module):
         self.nodes[nodes] = self.leaves.index_select(0, nodes).sum(1)
 
     def sample(self, n: int) -> torch.Tensor:
-        """n leaves [n], independently, each with probability priority / total."""
-        # Two draws each, of a node and of a leaf in it; 1e-12: rounding must not lead past the last positive one
-        draws = torch.rand(2, n, dtype=torch.float64, device=self.nodes.device).mul_(1 - 1e-12)
+        """n leaves [n], each with probability priority / total: one from each n-th part of the total (as Off2On)."""
+        draws = torch.arange(n, device=self.nodes.device) + torch.rand(n, dtype=torch.float64, device=self.nodes.device)
         ends = self.nodes.cumsum(0)
-        node = torch.searchsorted(ends, draws[0] * ends[-1], right=True)
+        mass = draws * (ends[-1] / n * (1 - 1e-12))  # rounding must not lead past the last positive priority
+        node = torch.searchsorted(ends, mass, right=True)
+        mass -= (ends - self.nodes).index_select(0, node)  # what of it lies in the node
         ends = self.leaves.index_select(0, node).cumsum(1)
-        leaf = torch.searchsorted(ends, (draws[1] * ends[:, -1]).unsqueeze(1), right=True).squeeze(1)
+        mass = mass.clamp_(min=0).minimum(ends[:, -1] * (1 - 1e-12))  # nor to an empty leaf
+        leaf = torch.searchsorted(ends, mass.unsqueeze(1), right=True).squeeze(1)
         return node * self.WIDTH + leaf
 
 
@@ -448,7 +449,9 @@ class BalancedReplay(nn.Module):
         inputs = sum(buffer.widths[:2])
         hidden = [nn.Linear(inputs, 256), nn.ReLU(inplace=True), nn.Linear(256, 256), nn.ReLU(inplace=True)]
         self.ratio = nn.Sequential(*hidden, nn.Linear(256, 1), nn.ReLU()).to(device)
-        nn.init.ones_(self.ratio[4].bias)
+        for layer, bound in zip(self.ratio[::2], (1 / 16, 1 / 16, 3e-3), strict=True):  # Off2On's initial weights
+            nn.init.uniform_(layer.weight, -bound, bound)
+            nn.init.constant_(layer.bias, float(layer is self.ratio[4]))
         self.optimizer = make_adam(self.ratio, 3e-4)
         self.register_buffer("largest", torch.ones((), dtype=torch.float64, device=device))
 
@@ -556,7 +559,7 @@ def policy_step(agent: Agent, observations: torch.Tensor, names: list[str], kapp
 
 
 def offline_pretrain(args: Args, run: Run, agent: Agent, buffer: ReplayBuffer) -> None:
-    """Phase 1: RLPD's update on B_off alone, one policy and temperature step after every utd critic steps."""
+    """Phase 1: RLPD's update on B_off alone, a policy and a temperature step after every offline_utd critic steps."""
 
     @accelerate
     def update(update_policy: bool) -> dict:
@@ -567,7 +570,7 @@ def offline_pretrain(args: Args, run: Run, agent: Agent, buffer: ReplayBuffer) -
         return metrics
 
     for step in run.loop("offline", args.offline_steps, gradient=1):
-        run.metrics |= update((step + 1) % args.utd == 0)
+        run.metrics |= update((step + 1) % args.offline_utd == 0)
 
 
 @torch.no_grad()
@@ -815,8 +818,7 @@ ANTMAZE_RADIUS = 0.45  # within it the goal is reached; gymnasium-robotics' own
 ADROIT_LIMITS = {"pen": 100, "hammer": 200, "door": 200, "relocate": 200}  # D4RL's; pen is registered with 200
 ADROIT_TASKS = tuple(f"{env}-cloned-v1" for env in ADROIT_LIMITS)
 TASKS = MUJOCO_TASKS + ANTMAZE_TASKS + ADROIT_TASKS
-# D4RL's (min, max)
-REFERENCE_RETURNS = {"halfcheetah": (-280.178953, 12135.0), "hopper": (-20.272305, 3234.3)}
+REFERENCE_RETURNS = {"halfcheetah": (-280.178953, 12135.0), "hopper": (-20.272305, 3234.3)}  # D4RL's (min, max)
 REFERENCE_RETURNS |= {"walker2d": (1.629008, 4592.3), "antmaze": (0.0, 1.0), "pen": (96.262799, 3076.8331017826877)}
 REFERENCE_RETURNS |= {"hammer": (-274.856578, 12794.134825156867), "door": (-56.512833, 2880.5693087298737)}
 REFERENCE_RETURNS |= {"relocate": (-6.425911, 4233.877797728884)}
@@ -1151,8 +1153,7 @@ class Run:
         self.env_steps, self.gradient_steps, self.seconds = 0, 0, 0.0  # of the whole run; seconds with evaluation
         self.score = math.nan  # the newest: normalised, or the mean return where D4RL has no reference
         self.evals, self.speed = [self.EVALS], [self.SPEED]  # what the .csv files hold
-        self.metrics, self.tracker = {}, None
-        self.signal, self.old_handlers = 0, {}  # the signal that asked to stop; what handled signals before
+        self.metrics, self.tracker, self.signal, self.old_handlers = {}, None, 0, {}  # signal: which asked to stop
         checkpoint, self.state = self.folder / "checkpoint.pt", {}
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -95,6 +95,7 @@ class Args:
     vae_learning_rate: float = 1e-3  # of the VAE's Adam
     kl_weight: float = 0.5  # weight of the KL divergence in the VAE's loss (beta)
     lambda_init: float | None = None  # weight of the support constraint offline (lambda); None: SPOT's for this task
+    lambda_decay: int = 1_000_000  # environment steps after which cooling would reach 0 (SPOT's code, CORL's configs)
     lambda_end: float | None = None  # least share of lambda_init that cooling leaves; None: 0.2 on AntMaze, else 0.5
     layer_norm: bool | None = None  # LayerNorm in actor and critics; None: on Adroit
     gamma: float = 0.99  # discount offline
@@ -104,6 +105,7 @@ class Args:
     policy_noise: float = 0.2  # standard deviation of target policy smoothing, for actions in [-1, 1]
     noise_clip: float = 0.5  # bound of target policy smoothing and of exploration noise
     exploration_noise: float = 0.1  # standard deviation of the noise on online actions
+    collect_noise: float | None = None  # the same of the n_tau steps, 0 in OEMA's code; None: exploration_noise
     normalize_states: bool = False  # by the dataset's mean and std, offline and online (CORL's SPOT does not)
     # evaluation
     eval_freq: int | None = None  # steps (online: environment steps) between two; None: 5,000, on AntMaze 50,000
@@ -131,7 +133,7 @@ OFFLINE_ARGS = """env_id seed vae_steps offline_steps batch_size actor_learning_
 BOUNDS = {
     "a whole number from 0 to 4294967295": ("seed", lambda x: 0 <= x < 2**32),
     "0 or more": ("vae_steps offline_steps online_steps n_tau n_pretrain eval_freq checkpoint_freq", lambda x: x >= 0),
-    "1 or more": ("utd batch_size eval_episodes policy_frequency", lambda x: x >= 1),
+    "1 or more": ("lambda_decay utd batch_size eval_episodes policy_frequency", lambda x: x >= 1),
     "a number from 0 to 1": ("kappa_init kappa_end lambda_end gamma online_gamma tau", lambda x: 0 <= x <= 1),
     "a number between 0 and 1": ("init_online_fraction", lambda x: 0 < x < 1),
     "a positive number": (
@@ -139,7 +141,7 @@ BOUNDS = {
         lambda x: 0 < x < math.inf,
     ),
     "a number, 0 or more": (
-        "kappa_decay kl_weight lambda_init policy_noise noise_clip exploration_noise",
+        "kappa_decay kl_weight lambda_init policy_noise noise_clip exploration_noise collect_noise",
         lambda x: 0 <= x < math.inf,
     ),
 }
@@ -175,7 +177,8 @@ def paper_values(args: Args) -> dict:
     antmaze, adroit = args.env_id in ANTMAZE_TASKS, args.env_id in ADROIT_TASKS
     name, replay = ("spot_opt", "balanced") if args.opt else ("spot", "uniform")  # uniform: [choice]
     weight = ANTMAZE_LAMBDAS[args.env_id[len("antmaze-") : -len("-v2")]] if antmaze else 1.0
-    values = {"exp_name": name, "replay": replay, "lambda_init": weight, "lambda_end": 0.2 if antmaze else 0.5}
+    values = {"exp_name": name, "replay": replay, "collect_noise": args.exploration_noise}
+    values |= {"lambda_init": weight, "lambda_end": 0.2 if antmaze else 0.5}
     return values | {"layer_norm": adroit, "online_gamma": 0.995 if antmaze else args.gamma} | kappa_values(args)
 
 
@@ -375,9 +378,9 @@ def elbo_loss(vae: VAE, observations: torch.Tensor, actions: torch.Tensor, kl_we
     return (reconstruction - actions).square().mean(1) + kl_weight * kl.mean(1)
 
 
-def lambda_at(step: int, lambda_init: float, lambda_end: float, online_steps: int) -> float:
+def lambda_at(step: int, lambda_init: float, lambda_end: float, lambda_decay: int) -> float:
     """SPOT's cooling: the weight of the support constraint at an environment step of the online phase."""
-    return lambda_init * max(lambda_end, 1 - step / online_steps)
+    return lambda_init * max(lambda_end, 1 - step / lambda_decay)
 
 
 def policy_value(critic: nn.Module, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
@@ -420,13 +423,15 @@ class SumTree(nn.Module):
         self.nodes[nodes] = self.leaves.index_select(0, nodes).sum(1)
 
     def sample(self, n: int) -> torch.Tensor:
-        """n leaves [n], independently, each with probability priority / total."""
-        # Two draws each, of a node and of a leaf in it; 1e-12: rounding must not lead past the last positive one
-        draws = torch.rand(2, n, dtype=torch.float64, device=self.nodes.device).mul_(1 - 1e-12)
+        """n leaves [n], each with probability priority / total: one from each n-th part of the total (as Off2On)."""
+        draws = torch.arange(n, device=self.nodes.device) + torch.rand(n, dtype=torch.float64, device=self.nodes.device)
         ends = self.nodes.cumsum(0)
-        node = torch.searchsorted(ends, draws[0] * ends[-1], right=True)
+        mass = draws * (ends[-1] / n * (1 - 1e-12))  # rounding must not lead past the last positive priority
+        node = torch.searchsorted(ends, mass, right=True)
+        mass -= (ends - self.nodes).index_select(0, node)  # what of it lies in the node
         ends = self.leaves.index_select(0, node).cumsum(1)
-        leaf = torch.searchsorted(ends, (draws[1] * ends[:, -1]).unsqueeze(1), right=True).squeeze(1)
+        mass = mass.clamp_(min=0).minimum(ends[:, -1] * (1 - 1e-12))  # nor to an empty leaf
+        leaf = torch.searchsorted(ends, mass.unsqueeze(1), right=True).squeeze(1)
         return node * self.WIDTH + leaf
 
 
@@ -448,7 +453,9 @@ class BalancedReplay(nn.Module):
         inputs = sum(buffer.widths[:2])
         hidden = [nn.Linear(inputs, 256), nn.ReLU(inplace=True), nn.Linear(256, 256), nn.ReLU(inplace=True)]
         self.ratio = nn.Sequential(*hidden, nn.Linear(256, 1), nn.ReLU()).to(device)
-        nn.init.ones_(self.ratio[4].bias)
+        for layer, bound in zip(self.ratio[::2], (1 / 16, 1 / 16, 3e-3), strict=True):  # Off2On's initial weights
+            nn.init.uniform_(layer.weight, -bound, bound)
+            nn.init.constant_(layer.bias, float(layer is self.ratio[4]))
         self.optimizer = make_adam(self.ratio, 3e-4)
         self.register_buffer("largest", torch.ones((), dtype=torch.float64, device=device))
 
@@ -558,19 +565,19 @@ def offline_pretrain(args: Args, run: Run, agent: Agent, buffer: ReplayBuffer) -
         run.metrics |= update((step + 1) % args.policy_frequency == 0)
 
 
-def explore(args: Args, policy: Policy, observation: np.ndarray) -> np.ndarray:
+def explore(args: Args, policy: Policy, observation: np.ndarray, noise: float) -> np.ndarray:
     """The policy's action with clipped Gaussian exploration noise (CORL), in [-1, 1]."""
     action = policy(observation)
-    noise = (args.exploration_noise * torch.randn(action.shape)).clamp(-args.noise_clip, args.noise_clip)
-    return np.clip(action + noise.numpy(), -1, 1)
+    clipped = (noise * torch.randn(action.shape)).clamp(-args.noise_clip, args.noise_clip)
+    return np.clip(action + clipped.numpy(), -1, 1)
 
 
 def collect(args: Args, run: Run, agent: Agent, collector: Collector) -> None:
-    """Phase 2, first part: N_tau transitions with pi_off, with the noise of every online action [choice]."""
+    """Phase 2, first part: N_tau transitions with pi_off, by default with the noise of every online action [choice]."""
     for step in run.loop("collect", args.n_tau, env=1, scores="never"):
         if step == 0:
             agent.reset_optimizers()
-        collector.step(explore(args, run.policy, collector.observation))
+        collector.step(explore(args, run.policy, collector.observation, args.collect_noise))
 
 
 def online_pretrain(args: Args, run: Run, agent: Agent, buffer: ReplayBuffer) -> None:
@@ -645,13 +652,13 @@ def online_finetune(
         if step == 0 and balanced:
             balanced.start(args.init_online_fraction)
         run.policy.refresh()
-        row = collector.step(explore(args, run.policy, collector.observation))
+        row = collector.step(explore(args, run.policy, collector.observation, args.exploration_noise))
         if balanced:
             balanced.add(row)
         if with_q_on:  # Table 15's environment steps are those of the online phase, the first n_tau included [choice]
             run.metrics["kappa"] = kappa_at(run.env_steps, args.kappa_init, args.kappa_end, args.kappa_decay)
             kappa.fill_(run.metrics["kappa"])
-        run.metrics["lambda"] = lambda_at(run.env_steps, args.lambda_init, args.lambda_end, args.online_steps)
+        run.metrics["lambda"] = lambda_at(run.env_steps, args.lambda_init, args.lambda_end, args.lambda_decay)
         support_weight.fill_(run.metrics["lambda"])
         for i in range(step * args.utd, (step + 1) * args.utd):
             run.metrics |= update((i + 1) % args.policy_frequency == 0)
@@ -815,8 +822,7 @@ ANTMAZE_RADIUS = 0.45  # within it the goal is reached; gymnasium-robotics' own
 ADROIT_LIMITS = {"pen": 100, "hammer": 200, "door": 200, "relocate": 200}  # D4RL's; pen is registered with 200
 ADROIT_TASKS = tuple(f"{env}-cloned-v1" for env in ADROIT_LIMITS)
 TASKS = MUJOCO_TASKS + ANTMAZE_TASKS + ADROIT_TASKS
-# D4RL's (min, max)
-REFERENCE_RETURNS = {"halfcheetah": (-280.178953, 12135.0), "hopper": (-20.272305, 3234.3)}
+REFERENCE_RETURNS = {"halfcheetah": (-280.178953, 12135.0), "hopper": (-20.272305, 3234.3)}  # D4RL's (min, max)
 REFERENCE_RETURNS |= {"walker2d": (1.629008, 4592.3), "antmaze": (0.0, 1.0), "pen": (96.262799, 3076.8331017826877)}
 REFERENCE_RETURNS |= {"hammer": (-274.856578, 12794.134825156867), "door": (-56.512833, 2880.5693087298737)}
 REFERENCE_RETURNS |= {"relocate": (-6.425911, 4233.877797728884)}
@@ -1151,8 +1157,7 @@ class Run:
         self.env_steps, self.gradient_steps, self.seconds = 0, 0, 0.0  # of the whole run; seconds with evaluation
         self.score = math.nan  # the newest: normalised, or the mean return where D4RL has no reference
         self.evals, self.speed = [self.EVALS], [self.SPEED]  # what the .csv files hold
-        self.metrics, self.tracker = {}, None
-        self.signal, self.old_handlers = 0, {}  # the signal that asked to stop; what handled signals before
+        self.metrics, self.tracker, self.signal, self.old_handlers = {}, None, 0, {}  # signal: which asked to stop
         checkpoint, self.state = self.folder / "checkpoint.pt", {}
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)

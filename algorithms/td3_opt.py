@@ -96,6 +96,7 @@ class Args:
     policy_noise: float = 0.2  # standard deviation of target policy smoothing, for actions in [-1, 1]
     noise_clip: float = 0.5  # bound of target policy smoothing
     exploration_noise: float = 0.1  # standard deviation of the noise on online actions
+    collect_noise: float | None = None  # the same of the n_tau steps, 0 in OEMA's code; None: exploration_noise
     bc_alpha: float = 2.5  # TD3+BC's trade-off: lambda = bc_alpha / mean|Q|
     normalize_states: bool = True  # by the dataset's mean and std, offline and online (TD3+BC's code; TD3's does not)
     # evaluation
@@ -121,13 +122,13 @@ PHASES = ("start", "offline", "collect", "online_pretrain", "online_finetune", "
 OFFLINE_ARGS = """env_id seed offline_steps batch_size learning_rate gamma tau policy_frequency policy_noise noise_clip
     bc_alpha normalize_states""".split()  # what offline.pt depends on
 BOUNDS = {
-    "a whole number from 0 to 4294967295": ("seed", lambda x: 0 <= x < 2**32),
+    "a whole number from 0 to 4294967295": ("seed kappa_decay", lambda x: 0 <= x < 2**32),
     "0 or more": ("offline_steps online_steps n_tau n_pretrain eval_freq checkpoint_freq", lambda x: x >= 0),
     "1 or more": ("utd batch_size eval_episodes policy_frequency", lambda x: x >= 1),
     "a number from 0 to 1": ("kappa_init kappa_end gamma tau", lambda x: 0 <= x <= 1),
     "a number between 0 and 1": ("init_online_fraction", lambda x: 0 < x < 1),
     "a positive number": ("learning_rate meta_lr bc_alpha", lambda x: 0 < x < math.inf),
-    "a number, 0 or more": ("kappa_decay policy_noise noise_clip exploration_noise", lambda x: 0 <= x < math.inf),
+    "a number, 0 or more": ("policy_noise noise_clip exploration_noise collect_noise", lambda x: 0 <= x < math.inf),
 }
 # Table 15: kappa_init, T_decay in environment steps, kappa_end. With constant kappa = 1, T_decay does not matter.
 KAPPA_SCHEDULES = {
@@ -157,7 +158,7 @@ def kappa_values(args: Args) -> dict:
 def paper_values(args: Args) -> dict:
     """The paper's values for this task of the arguments that are None."""
     name, replay = ("td3_opt", "balanced") if args.opt else ("td3", "uniform")  # uniform: [choice]
-    return {"exp_name": name, "replay": replay} | kappa_values(args)
+    return {"exp_name": name, "replay": replay, "collect_noise": args.exploration_noise} | kappa_values(args)
 
 
 def check(args: Args) -> None:
@@ -307,10 +308,8 @@ def policy_value(critic: nn.Module, observations: torch.Tensor, actions: torch.T
 
 def policy_loss(q_off: torch.Tensor | None, q_on: torch.Tensor | None, kappa: torch.Tensor | float) -> torch.Tensor:
     """Eq. 4 on values [B] of pi(s): -mean[(1 - kappa) Q_off + kappa Q_on]; a Q that never counts may be None."""
-    if q_on is None:
-        return -q_off.mean()
-    if q_off is None:
-        return -q_on.mean()
+    if q_on is None or q_off is None:
+        return -(q_off if q_on is None else q_on).mean()
     return -((1 - kappa) * q_off + kappa * q_on).mean()
 
 
@@ -335,13 +334,15 @@ class SumTree(nn.Module):
         self.nodes[nodes] = self.leaves.index_select(0, nodes).sum(1)
 
     def sample(self, n: int) -> torch.Tensor:
-        """n leaves [n], independently, each with probability priority / total."""
-        # Two draws each, of a node and of a leaf in it; 1e-12: rounding must not lead past the last positive one
-        draws = torch.rand(2, n, dtype=torch.float64, device=self.nodes.device).mul_(1 - 1e-12)
+        """n leaves [n], each with probability priority / total: one from each n-th part of the total (as Off2On)."""
+        draws = torch.arange(n, device=self.nodes.device) + torch.rand(n, dtype=torch.float64, device=self.nodes.device)
         ends = self.nodes.cumsum(0)
-        node = torch.searchsorted(ends, draws[0] * ends[-1], right=True)
+        mass = draws * (ends[-1] / n * (1 - 1e-12))  # rounding must not lead past the last positive priority
+        node = torch.searchsorted(ends, mass, right=True)
+        mass -= (ends - self.nodes).index_select(0, node)  # what of it lies in the node
         ends = self.leaves.index_select(0, node).cumsum(1)
-        leaf = torch.searchsorted(ends, (draws[1] * ends[:, -1]).unsqueeze(1), right=True).squeeze(1)
+        mass = mass.clamp_(min=0).minimum(ends[:, -1] * (1 - 1e-12))  # nor to an empty leaf
+        leaf = torch.searchsorted(ends, mass.unsqueeze(1), right=True).squeeze(1)
         return node * self.WIDTH + leaf
 
 
@@ -363,7 +364,9 @@ class BalancedReplay(nn.Module):
         inputs = sum(buffer.widths[:2])
         hidden = [nn.Linear(inputs, 256), nn.ReLU(inplace=True), nn.Linear(256, 256), nn.ReLU(inplace=True)]
         self.ratio = nn.Sequential(*hidden, nn.Linear(256, 1), nn.ReLU()).to(device)
-        nn.init.ones_(self.ratio[4].bias)
+        for layer, bound in zip(self.ratio[::2], (1 / 16, 1 / 16, 3e-3), strict=True):  # Off2On's initial weights
+            nn.init.uniform_(layer.weight, -bound, bound)
+            nn.init.constant_(layer.bias, float(layer is self.ratio[4]))
         self.optimizer = make_adam(self.ratio, 3e-4)
         self.register_buffer("largest", torch.ones((), dtype=torch.float64, device=device))
 
@@ -456,16 +459,16 @@ def offline_pretrain(args: Args, run: Run, agent: Agent, buffer: ReplayBuffer) -
         run.metrics |= update((step + 1) % args.policy_frequency == 0)
 
 
-def explore(args: Args, policy: Policy, observation: np.ndarray) -> np.ndarray:
+def explore(args: Args, policy: Policy, observation: np.ndarray, noise: float) -> np.ndarray:
     """The policy's action with Gaussian exploration noise, in [-1, 1]."""
     action = policy(observation)
-    return np.clip(action + args.exploration_noise * torch.randn(action.shape).numpy(), -1, 1)
+    return np.clip(action + noise * torch.randn(action.shape).numpy(), -1, 1)
 
 
 def collect(args: Args, run: Run, collector: Collector) -> None:
-    """Phase 2, first part: N_tau transitions with pi_off, with the noise of every online action [choice]."""
+    """Phase 2, first part: N_tau transitions with pi_off, by default with the noise of every online action [choice]."""
     for _ in run.loop("collect", args.n_tau, env=1, scores="never"):
-        collector.step(explore(args, run.policy, collector.observation))
+        collector.step(explore(args, run.policy, collector.observation, args.collect_noise))
 
 
 def online_pretrain(args: Args, run: Run, agent: Agent, buffer: ReplayBuffer) -> None:
@@ -536,7 +539,7 @@ def online_finetune(
         if step == 0 and balanced:
             balanced.start(args.init_online_fraction)
         run.policy.refresh()
-        row = collector.step(explore(args, run.policy, collector.observation))
+        row = collector.step(explore(args, run.policy, collector.observation, args.exploration_noise))
         if balanced:
             balanced.add(row)
         if with_q_on:  # Table 15's environment steps are those of the online phase, the first n_tau included [choice]
@@ -704,8 +707,7 @@ ANTMAZE_RADIUS = 0.45  # within it the goal is reached; gymnasium-robotics' own
 ADROIT_LIMITS = {"pen": 100, "hammer": 200, "door": 200, "relocate": 200}  # D4RL's; pen is registered with 200
 ADROIT_TASKS = tuple(f"{env}-cloned-v1" for env in ADROIT_LIMITS)
 TASKS = MUJOCO_TASKS + ANTMAZE_TASKS + ADROIT_TASKS
-# D4RL's (min, max)
-REFERENCE_RETURNS = {"halfcheetah": (-280.178953, 12135.0), "hopper": (-20.272305, 3234.3)}
+REFERENCE_RETURNS = {"halfcheetah": (-280.178953, 12135.0), "hopper": (-20.272305, 3234.3)}  # D4RL's (min, max)
 REFERENCE_RETURNS |= {"walker2d": (1.629008, 4592.3), "antmaze": (0.0, 1.0), "pen": (96.262799, 3076.8331017826877)}
 REFERENCE_RETURNS |= {"hammer": (-274.856578, 12794.134825156867), "door": (-56.512833, 2880.5693087298737)}
 REFERENCE_RETURNS |= {"relocate": (-6.425911, 4233.877797728884)}
@@ -1040,8 +1042,7 @@ class Run:
         self.env_steps, self.gradient_steps, self.seconds = 0, 0, 0.0  # of the whole run; seconds with evaluation
         self.score = math.nan  # the newest: normalised, or the mean return where D4RL has no reference
         self.evals, self.speed = [self.EVALS], [self.SPEED]  # what the .csv files hold
-        self.metrics, self.tracker = {}, None
-        self.signal, self.old_handlers = 0, {}  # the signal that asked to stop; what handled signals before
+        self.metrics, self.tracker, self.signal, self.old_handlers = {}, None, 0, {}  # signal: which asked to stop
         checkpoint, self.state = self.folder / "checkpoint.pt", {}
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)

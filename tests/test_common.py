@@ -137,8 +137,8 @@ def test_no_number_may_be_negative(path, capsys):
 # What an offline phase is the same with and without, and may so differ between runs that share one.
 ONLINE = {
     "online_steps", "n_tau", "n_pretrain", "utd", "opt", "kappa_init", "kappa_end", "kappa_decay", "q_on_init", "q_on",
-    "meta_lr", "meta_second_order", "replay", "init_online_fraction", "exploration_noise", "lambda_end",
-    "online_gamma", "random_steps",
+    "meta_lr", "meta_second_order", "replay", "init_online_fraction", "exploration_noise", "collect_noise",
+    "lambda_end", "lambda_decay", "online_gamma", "random_steps",
 }  # fmt: skip
 RUN = {
     "device", "eval_freq", "eval_episodes", "snapshots", "exp_name", "run_dir", "offline_from", "checkpoint_freq",
@@ -151,8 +151,7 @@ RUN = {
 def test_a_shared_offline_phase_has_every_argument_that_matters_to_it(path):
     script = importlib.import_module(path.stem)
     names = {field.name for field in dataclasses.fields(script.Args)}
-    used_offline = {"utd"} if path.stem == "rlpd_opt" else set()
-    assert set(script.OFFLINE_ARGS) == names - (ONLINE - used_offline) - RUN
+    assert set(script.OFFLINE_ARGS) == names - ONLINE - RUN
 
 
 @every_script
@@ -175,7 +174,7 @@ def test_bounds_of_one_argument_are_the_same_in_every_script(path):
 SHORT = "--offline-steps 24 --online-steps 60 --n-tau 30 --n-pretrain 16 --batch-size 16 --eval-episodes 1".split()
 SHORT += "--eval-freq 20 --checkpoint-freq 5 --no-progress".split()
 SPOT, IQL, RLPD = (f"{name}_opt --env-id InvertedPendulum-v5" for name in ("spot", "iql", "rlpd"))
-RUNS = (SPOT + " --vae-steps 12", IQL + " --dropout 0.1", RLPD + " --utd 2")
+RUNS = (SPOT + " --vae-steps 12", IQL + " --dropout 0.1", RLPD + " --utd 2 --offline-utd 2")
 TUNING = {"online_finetune": 21}
 ACTING = {"collect": 17} | TUNING
 KILLS = {"offline": 13, "collect": 17, "online_pretrain": 11} | TUNING

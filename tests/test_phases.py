@@ -1,6 +1,7 @@
 """What the scripts do in their phases: how they act, what they sample, and their updates in plain code."""
 
 import copy
+import dataclasses
 
 import iql_opt
 import numpy as np
@@ -14,7 +15,9 @@ TINY = dict(env_id="InvertedPendulum-v5", offline_steps=6, online_steps=36, n_ta
 TINY |= dict(batch_size=16, eval_freq=0, eval_episodes=1, tau=0.3, progress=False)
 OWN = {
     td3_opt: dict(learning_rate=1e-3),
-    spot_opt: dict(vae_steps=1, critic_learning_rate=1e-2, actor_learning_rate=1e-2),  # its networks start near 0
+    spot_opt: dict(
+        vae_steps=1, lambda_decay=36, critic_learning_rate=1e-2, actor_learning_rate=1e-2
+    ),  # its networks start near 0
     iql_opt: dict(learning_rate=1e-3),
 }
 scripts = pytest.mark.parametrize("script", OWN, ids=lambda script: script.__name__)
@@ -44,6 +47,19 @@ def test_every_online_action_is_one_of_exploration(script, arguments, train, mon
     stored = states["done"]["buffer"]["online_rows"]
     assert len(stored) == 36
     np.testing.assert_array_equal(stored[:, 4:5], np.array(taken, np.float32))
+
+
+@pytest.mark.parametrize("script", [td3_opt, spot_opt], ids=lambda script: script.__name__)
+def test_the_noise_of_the_collected_steps(script, train):
+    """--collect-noise 0: the offline policy's own actions, and only in the N_tau steps."""
+    args, states = train(script, collect_noise=0.0)
+    rows = states["done"]["buffer"]["online_rows"]
+    actor = script.Actor(4, 1)
+    actor.load_state_dict(states["collect"]["actor"])
+    with torch.no_grad():
+        expected = actor(rows[:30, :4])
+    torch.testing.assert_close(rows[:30, 4:5], expected)
+    assert script.resolve(dataclasses.replace(args, collect_noise=None, exploration_noise=0.3)).collect_noise == 0.3
 
 
 @pytest.mark.parametrize("script, normalised", [(td3_opt, True), (spot_opt, False), (iql_opt, True)])
@@ -224,7 +240,7 @@ def test_each_phase_is_some_lines_of_plain_td3(script, arguments, train, monkeyp
         if step % 2 == 1:
             actions = networks["actor"](batch.observations)
             q = sum(w * networks[key](batch.observations, actions)[0] for key, w in shares(args, step // 2).items())
-            cooled = 0.4 * max(0.1, 1 - (args.n_tau * args.opt + step // 2) / args.online_steps)
+            cooled = 0.4 * max(0.1, 1 - (args.n_tau * args.opt + step // 2) / args.lambda_decay)
             near = constraint(batch.observations, actions, cooled)
             descend(adams["actor"], near - q.mean() / (q.abs().mean().item() if spot else 1))
             follow(networks, *critics, "actor")

@@ -101,15 +101,26 @@ def test_sum_tree_equals_a_naive_one_after_many_updates_with_repeated_indices():
     padded = np.zeros(tree.leaves.numel())
     padded[:size] = naive
     np.testing.assert_allclose(tree.nodes, padded.reshape(tree.leaves.shape).sum(1), rtol=1e-12)
-    # at two given points in [0, 1) the draw is the naive one's: first node, then leaf, whose cumulative sum is larger
+    # at given points, one in each 2,000th of the total, the draw is the naive one's: the first cumulative sum beyond
     torch.manual_seed(1)
     drawn = tree.sample(2_000)
     torch.manual_seed(1)
-    draws, table = torch.rand(2, 2_000, dtype=torch.float64).T.tolist(), padded.reshape(tree.leaves.shape)
-    for leaf, (first, second) in zip(drawn.tolist(), draws, strict=True):
-        node = next(i for i, end in enumerate(np.cumsum(table.sum(1))) if end > first * naive.sum())
-        place = next(i for i, end in enumerate(np.cumsum(table[node])) if end > second * table[node].sum())
-        assert leaf == node * SumTree.WIDTH + place
+    points = (np.arange(2_000) + torch.rand(2_000, dtype=torch.float64).numpy()) / 2_000 * naive.sum()
+    np.testing.assert_array_equal(drawn, np.searchsorted(np.cumsum(naive), points, side="right"))
+
+
+def test_a_draw_from_each_equal_part_of_the_total():
+    """256 leaves of one priority: each is drawn once. A share of the total is drawn to within one draw of a batch."""
+    tree = SumTree(1_000, CPU)
+    tree.set(torch.arange(256), torch.full((256,), 0.3))
+    torch.manual_seed(0)
+    assert all(torch.equal(tree.sample(256), torch.arange(256)) for _ in range(20))
+    tree.set(torch.arange(1_000), torch.cat([torch.ones(700), torch.full((300,), 7 / 3 * 0.99)]))
+    online = torch.stack([(tree.sample(256) >= 700).double().mean() for _ in range(1_000)])
+    expected = 300 * 7 / 3 * 0.99 / (700 + 300 * 7 / 3 * 0.99)
+    part = expected * 256 % 1  # of the one stratum that both share; independent draws would have 0.031
+    assert online.std().item() == pytest.approx(math.sqrt(part * (1 - part)) / 256, rel=0.1) and online.std() < 0.002
+    assert online.mean().item() == pytest.approx(expected, abs=3e-4)
 
 
 def test_density_ratio_loss_by_hand():
@@ -182,6 +193,11 @@ def test_the_density_ratio_starts_at_one():
     kinds = [type(layer).__name__ for layer in replay.ratio]
     assert kinds == ["Linear", "ReLU"] * 3 and replay.ratio[4].bias.item() == 1
     assert [tuple(replay.ratio[i].weight.shape) for i in (0, 2, 4)] == [(256, 3), (256, 256), (1, 256)]
+    for i, bound in ((0, 1 / 16), (2, 1 / 16), (4, 3e-3)):  # Off2On's: uniform in +-bound
+        weight = replay.ratio[i].weight
+        assert 0.97 * bound < weight.abs().max() <= bound
+        assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
+    assert (replay.ratio[0].bias == 0).all() and (replay.ratio[2].bias == 0).all()
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.5, 0.8])

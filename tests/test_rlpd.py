@@ -370,7 +370,7 @@ def test_settings_of_each_variant():
 # ----------------------------------------------------------------------------------------------------------------------
 
 SHORT = dict(env_id="InvertedPendulum-v5", offline_steps=24, online_steps=36, n_tau=24, n_pretrain=12, utd=4)
-SHORT |= dict(batch_size=16, eval_freq=10, eval_episodes=1, progress=False)
+SHORT |= dict(offline_utd=4, batch_size=16, eval_freq=10, eval_episodes=1, progress=False)
 VANILLA = dict(opt=False, offline_steps=0, random_steps=14)
 
 
@@ -531,6 +531,14 @@ def test_utd_critic_steps_then_a_policy_step_on_the_last_batch(train, variant, n
         assert [event[:2] for event in block] == [("critic", wanted)] * 4 + [("policy", wanted)]
         assert torch.equal(block[4][2], block[3][2]) and not torch.equal(block[4][2], block[2][2])
         assert block[4][3] == pytest.approx(kappa, rel=1e-6)
+
+
+@pytest.mark.parametrize("offline_utd, policy_steps", [(1, 24), (4, 6), (20, 1)])
+def test_offline_steps_are_critic_steps_and_offline_utd_of_them_share_a_policy_step(train, offline_utd, policy_steps):
+    assert Args().offline_utd == 1
+    parts = torch.load(train(offline_utd=offline_utd) / "offline.pt", weights_only=True)["parts"]
+    steps = {name: part["state"][0]["step"].item() for name, part in parts.items() if name.endswith("_optimizer")}
+    assert steps == {"q_off_optimizer": 24, "actor_optimizer": policy_steps, "temperature_optimizer": policy_steps}
 
 
 def test_opt_collects_and_fine_tunes_with_the_policys_exploration(watched, monkeypatch):

@@ -70,9 +70,11 @@ def test_vae_clamps_the_log_standard_deviation_and_decodes_into_the_action_range
     assert widths == [(750, 8), (750, 750), (12, 750), (750, 11), (750, 750), (3, 750)]
 
 
-@pytest.mark.parametrize("step, share", [(0, 1.0), (25, 0.75), (50, 0.5), (75, 0.25), (80, 0.2), (100, 0.2)])
+@pytest.mark.parametrize("step, share", [(0, 1), (100_000, 0.9), (300_000, 0.7), (800_000, 0.2), (2_000_000, 0.2)])
 def test_cooling(step, share):
-    assert spot_opt.lambda_at(step, 0.05, 0.2, 100) == pytest.approx(0.05 * share)
+    """As SPOT's code: towards 0 at 1,000,000 environment steps, however long the run is, but not below its floor."""
+    args = spot_opt.resolve(Args(online_steps=300_000))
+    assert spot_opt.lambda_at(step, 0.05, 0.2, args.lambda_decay) == pytest.approx(0.05 * share)
 
 
 def test_policy_loss_normalises_the_mixed_value_by_its_own_size():
@@ -163,16 +165,15 @@ def test_the_agents_networks_and_learning_rates():
 
 
 def test_exploration_noise_has_its_size_and_is_clipped():
-    args = Args(exploration_noise=0.1, noise_clip=0.15)
+    args = Args(noise_clip=0.15)
     torch.manual_seed(0)
-    noise = (
-        np.concatenate([spot_opt.explore(args, lambda _: np.full(24, 0.2, np.float32), None) for _ in range(500)]) - 0.2
-    )
+    actions = [spot_opt.explore(args, lambda _: np.full(24, 0.2, np.float32), None, 0.1) for _ in range(500)]
+    noise = np.concatenate(actions) - 0.2
     assert np.abs(noise).max() == pytest.approx(0.15, abs=1e-6)
     inside = noise[np.abs(noise) < 0.149]
     assert (np.abs(noise) > 0.1499).mean() == pytest.approx(0.1336, abs=0.02)  # |N(0, 1)| > 1.5
     assert inside.std() == pytest.approx(0.1 * 0.7427, rel=0.05)  # of a normal cut at 1.5 standard deviations
-    assert spot_opt.explore(args, lambda _: np.ones(24, np.float32), None).max() == 1
+    assert spot_opt.explore(args, lambda _: np.ones(24, np.float32), None, 0.1).max() == 1
 
 
 @pytest.fixture
@@ -250,7 +251,7 @@ def test_discount_and_constraint_change_where_the_run_goes_online(watched, monke
         spot_opt, "td_target", lambda q, b, a, gamma: (gammas.append(gamma), td_target(q, b, a, gamma))[1]
     )
     monkeypatch.setattr(spot_opt, "policy_loss", lambda q, e, w: (weights.append(float(w)), policy_loss(q, e, w))[1])
-    watched(gamma=0.9, online_gamma=0.95, lambda_init=0.5, lambda_end=0.4)
+    watched(gamma=0.9, online_gamma=0.95, lambda_init=0.5, lambda_end=0.4, lambda_decay=60)
     assert gammas == [0.9] * 20 + [0.95] * (16 + 2 * 30)
     cooled = [0.5 * max(0.4, 1 - step / 60) for step in range(31, 60, 2)]  # every second gradient step, at 31, 33, ...
     assert weights == pytest.approx([0.5] * 10 + cooled, abs=1e-6)
