@@ -12,9 +12,8 @@ usage: python rlpd_opt.py --env-id walker2d-random-v2                           
        python rlpd_opt.py --env-id walker2d-random-v2 --no-opt                     off-to-on: offline, online
        python rlpd_opt.py --env-id walker2d-random-v2 --no-opt --offline-steps 0   vanilla RLPD
 
-How to read this file: the first part is the algorithm in the order of the paper: arguments, networks, equations,
-balanced replay, agent, the three phases of Algorithm 1, and `train`, which names them. The second part, from the banner
-on, is the same text in every script: replay buffer, tasks and data, the run's folder. It has nothing of OPT.
+How to read this file: first the algorithm, in the order of the paper, down to `train`. Then, from the banner on, the
+same text in every script: replay buffer, tasks and data, the run's folder; it has nothing of OPT.
 
 Equation, table and section numbers are those of the OPT paper. The backbone is RLPD (Ball et al. 2023) and its code:
 SAC (Haarnoja et al. 2018) with ten layer-normalised critics, 20 critic steps per environment step, and batches of which
@@ -40,6 +39,7 @@ import multiprocessing
 import os
 import re
 import signal
+import socket
 import sys
 import time
 import warnings
@@ -124,7 +124,7 @@ class Args:
 PHASES = ("start", "offline", "collect", "online_pretrain", "online_finetune", "done")
 OFFLINE_ARGS = """env_id seed offline_steps batch_size learning_rate gamma tau offline_utd ensemble_size subset_size
     backup_entropy hidden_layers normalize_states""".split()  # what offline.pt depends on
-BOUNDS = {
+BOUNDS = {  # what an error says: (arguments, test)
     "a whole number from 0 to 4294967295": ("seed", lambda x: 0 <= x < 2**32),
     "0 or more": (
         "random_steps offline_steps online_steps n_tau n_pretrain eval_freq checkpoint_freq",
@@ -151,6 +151,11 @@ def kappa_schedule(env_id: str, online_steps: int) -> tuple[float, int, float]:
     """Table 15's (kappa_init, T_decay, kappa_end); for any other task 0.1 to 0.9 over half of online_steps [choice]."""
     found = (schedule for task, schedule in KAPPA_SCHEDULES.items() if re.fullmatch(task, env_id))
     return next(found, (0.1, online_steps // 2, 0.9))
+
+
+def kappa_at(step: int, kappa_init: float, kappa_end: float, kappa_decay: int) -> float:
+    """Weight of Q_on at an environment step of the online phase: linear over kappa_decay, then constant (Table 15)."""
+    return kappa_init + (kappa_end - kappa_init) * min(1.0, step / kappa_decay if kappa_decay else 1.0)
 
 
 def kappa_values(args: Args) -> dict:
@@ -180,10 +185,10 @@ def check(args: Args) -> None:
     fits = not random_steps or random_steps < args.online_steps
     require(fits, f"--random-steps is {random_steps}: write {limit}")
     require(subset <= size, f"--subset-size is {subset}: write at most --ensemble-size ({size})")
-    kappa = (args.opt and args.q_on) or args.kappa_init == args.kappa_end == args.kappa_decay == 0
-    require(kappa, "--kappa-* weight Q_on, which --no-opt and --no-q-on do without: leave them out")
-    start = "--replay balanced starts from what only OPT collects: write --replay uniform with --no-opt"
-    require(args.opt or args.replay != "balanced", start)
+    allowed = (args.opt and args.q_on) or args.kappa_init == args.kappa_end == args.kappa_decay == 0
+    require(allowed, "--kappa-* weight Q_on, which --no-opt and --no-q-on do without: leave them out")
+    what = "--replay balanced starts from what only OPT collects: write --replay uniform with --no-opt"
+    require(args.opt or args.replay != "balanced", what)
     even = args.replay != "symmetric" or args.batch_size % 2 == 0
     require(even, "--replay symmetric takes half a batch from each buffer: write an even --batch-size")
 
@@ -258,7 +263,7 @@ class EnsembleLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight, bias = self.weight, self.bias
-        if x.dim() == 2:  # where it is the only one, the backward pass of [0] would fill and copy a gradient in vain
+        if x.dim() == 2:  # p[0]'s backward pass fills a gradient of zeros for all members, squeeze's does not
             weight, bias = (p.squeeze(0) if len(p) == 1 else p[0] for p in (weight, bias))
         if weight.shape[-1] == 1:  # a dot product a row: several times faster than a product with a one-column matrix
             return (x * weight.mT).sum(-1, keepdim=True) + bias
@@ -333,11 +338,6 @@ def soft_update(target: nn.Module, source: nn.Module, tau: float) -> None:
 # RLPD and OPT: the equations ==========================================================================================
 
 
-def kappa_at(step: int, kappa_init: float, kappa_end: float, kappa_decay: int) -> float:
-    """Weight of Q_on at an environment step of the online phase: linear over kappa_decay, then constant (Table 15)."""
-    return kappa_init + (kappa_end - kappa_init) * min(1.0, step / kappa_decay if kappa_decay else 1.0)
-
-
 def random_subset(members: int, size: int, device: torch.device) -> torch.Tensor:
     """`size` different ones of the numbers below `members`, [size], drawn on the device."""
     return torch.rand(members, device=device).topk(size).indices
@@ -364,18 +364,18 @@ def td_loss(values: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def meta_adaptation_loss(
-    critic: nn.Module, offline: tuple, online: tuple, args: Args, loss: Callable = td_loss
+    critic: nn.Module, offline_pair: tuple, online_pair: tuple, args: Args, loss: Callable = td_loss
 ) -> torch.Tensor:
     """Eq. 3: L_off(psi) + L_on(psi - alpha grad L_off(psi)), L being `loss` of the critic's values and a target.
 
-    First order (OEMA's code): the inner gradient is a constant. Second order: Eq. 3 to the letter. `offline`, `online`
-    are (Transitions, target); targets are the target critic's, the adapted parameters serve L_on's prediction alone.
+    First order (OEMA's code): the inner gradient is a constant. Second order: Eq. 3 to the letter. A pair
+    is (Transitions, target); targets are the target critic's, the adapted parameters serve L_on's prediction alone.
     """
-    (offline, offline_target), (online, online_target) = offline, online
+    (offline, offline_target), (online, online_target) = offline_pair, online_pair
     parameters = dict(critic.named_parameters())
     offline_loss = loss(critic(offline.observations, offline.actions), offline_target)
-    second_order = {"retain_graph": True, "create_graph": args.meta_second_order}
-    gradients = torch.autograd.grad(offline_loss, list(parameters.values()), **second_order)
+    second_order, weights = args.meta_second_order, list(parameters.values())
+    gradients = torch.autograd.grad(offline_loss, weights, retain_graph=True, create_graph=second_order)
     adapted = {name: p - args.meta_lr * g for (name, p), g in zip(parameters.items(), gradients, strict=True)}
     online_loss = loss(functional_call(critic, adapted, (online.observations, online.actions)), online_target)
     return offline_loss + online_loss
@@ -792,9 +792,10 @@ class Policy:
         self.source = actor
         self.actor = copy.deepcopy(actor).cpu() if next(actor.parameters()).is_cuda else actor
 
+    @torch.no_grad()
     def refresh(self) -> None:
         if self.actor is not self.source:
-            self.actor.load_state_dict(self.source.state_dict())
+            torch._foreach_copy_(list(self.actor.parameters()), list(self.source.parameters()))
 
     @torch.no_grad()
     def __call__(self, observation: np.ndarray) -> np.ndarray:
@@ -863,8 +864,8 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
         near = difflib.get_close_matches(env_id, [*TASKS, *gym.registry], n=3, cutoff=0.5) or TASKS[:3]
         raise bad_input(f"unknown --env-id {env_id!r}: did you mean {', '.join(near)}?") from None
     except Exception as error:  # a package that it needs is missing, or a user's own environment fails in its own way
-        what, advice = "rendered" if render_mode else "made", "install what it needs, or mend the environment"
-        raise bad_input(f"--env-id {env_id} cannot be {what} ({one_line(error)}): {advice}") from None
+        advice = "try MUJOCO_GL=egl or =osmesa, or no --capture-video" if render_mode else "write another, or mend it"
+        raise bad_input(f"--env-id {env_id} cannot be made ({one_line(error)}): {advice}") from None
     spaces = (env.observation_space, env.action_space)
     flat = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
     found = " and ".join(f"{type(space).__name__}{space.shape or ''}" for space in spaces)
@@ -973,15 +974,14 @@ def read_minari(dataset_id: str | None, env_id: str, progress: bool) -> Transiti
             lengths = {len(column) - 1 for column in (observations.values() if dicts else [observations])}
             if lengths != {len(column) for column in (actions, rewards, terminals)}:
                 raise ValueError(f"episode {episode.id} has columns of different lengths")
+            fits = (dicts and "achieved_goal" in observations) if antmaze else not (dicts or isinstance(actions, dict))
+            found = "no AntMaze dataset" if antmaze else "a dataset of dict observations or actions"
+            require(fits, f"--dataset {dataset_id} is {found}: write another for {env_id}")
             if antmaze:
-                fits = dicts and "achieved_goal" in observations
-                require(fits, f"--dataset {dataset_id} is no AntMaze dataset: write one for {env_id}")
                 positions = observations["achieved_goal"]
                 steps, rewards = relabel_antmaze(positions, env.unwrapped.goal)
                 observations = np.hstack([positions, observations["observation"]])[: steps + 1]
                 actions, terminals = actions[:steps], rewards
-            dicts = isinstance(observations, dict) or isinstance(actions, dict)
-            require(not dicts, f"{what} has dict observations or actions: write one whose spaces are Boxes")
             row = (observations[:-1], actions, rewards, observations[1:], terminals)
             for column, values in zip(columns.values(), row, strict=True):
                 column.append(np.asarray(values, np.float32))
@@ -1024,11 +1024,12 @@ def load_dataset(env_id: str, dataset: str | None = None, progress: bool = True)
         if env_id.endswith("-random-v2"):
             regenerate_random(env_id, temporary, progress)
         else:
+            socket.setdefaulttimeout(20)
             torch.hub.download_url_to_file(D4RL_URL + name, str(temporary), progress=progress)
         h5py.File(temporary).close()  # a download that broke ends here: what has the final name is complete
         temporary.replace(own_cache)
     except OSError as error:
-        why = f"it is not at {d4rl_cache}, and getting {D4RL_URL}{name} failed ({one_line(error)})"
+        why = f"it is not at {d4rl_cache}, and not to be made here or had from {D4RL_URL}{name} ({one_line(error)})"
         raise bad_input(f"no data for {env_id}: {why}. {WAYS}") from None
     finally:
         temporary.unlink(missing_ok=True)
@@ -1103,7 +1104,7 @@ def parse_args() -> Args:
     for line in inspect.getsource(Args).splitlines():
         if heading := re.fullmatch(r"    # (\w+)", line):
             fields = sections[heading[1]] = []
-        elif field := re.match(r"    (\w+): .* = .*?  # (.*)", line):
+        elif field := re.match(r"    (\w+): (?:.*?  # (.*))?", line):
             fields.append((field[1], Annotated[hints[field[1]], tyro.conf.arg(help=field[2])], getattr(Args, field[1])))
     kinds = {name: dataclasses.make_dataclass(name, fields) for name, fields in sections.items()}
     groups = [(n, tyro.conf.OmitArgPrefixes[k], dataclasses.field(default_factory=k)) for n, k in kinds.items()]
@@ -1155,10 +1156,12 @@ class Run:
         self.evals, self.speed = [self.EVALS], [self.SPEED]  # what the .csv files hold
         self.metrics, self.tracker, self.signal, self.old_handlers = {}, None, 0, {}  # signal: which asked to stop
         checkpoint, self.state = self.folder / "checkpoint.pt", {}
-        with contextlib.suppress(OSError):
-            self.folder.mkdir(parents=True, exist_ok=True)
-        writable = self.folder.is_dir() and os.access(self.folder, os.W_OK)
-        require(writable, f"the run folder {self.folder} cannot be written: write another --run-dir")
+        try:
+            save(self.folder / ".writable", ".")
+            (self.folder / ".writable").unlink()
+        except OSError as error:
+            what = f"the run folder {self.folder} cannot be written ({error.strerror})"
+            raise bad_input(f"{what}: write another --run-dir") from None
         free = args.resume or not (checkpoint.exists() or (self.folder / "evals.csv").exists())
         advice = "write --resume to go on with it, or another --run-dir or --exp-name"
         require(free, f"{self.folder} holds a run already: {advice}")
@@ -1170,8 +1173,7 @@ class Run:
             path, advice = Path(args.offline_from), "write another --offline-from, a run's folder or its offline.pt"
             path = path / "offline.pt" if path.is_dir() else path
             self.state = load(path, "offline.pt", args, OFFLINE_ARGS, advice, "leave out --offline-from")
-        for name in self.SAVED if self.state else ():
-            setattr(self, name, self.state[name])
+        vars(self).update({name: self.state[name] for name in self.SAVED if self.state})
 
     def load_data(self, reward_transform: Callable[[str, Transitions], tuple[float, float]]) -> Transitions:
         """The dataset as the agent sees it, rewards scaled and shifted by `reward_transform(env_id, dataset)`, states
@@ -1194,7 +1196,7 @@ class Run:
         self.env = gym.wrappers.TransformReward(self.seen(self.env), lambda reward: scale * reward + shift)
         self.evaluation_env = self.seen(self.evaluation_env)
         crc = zlib.crc32(b"".join(column.tobytes() for column in dataset))
-        self.data = {"size": len(dataset.rewards), "crc32": crc, "reward_scale": scale}
+        self.data = {"size": len(dataset.rewards), "crc32": crc, "reward_scale": scale, "action_dim": len(low)}
         self.data |= {"observation_mean": torch.from_numpy(mean), "observation_std": torch.from_numpy(std)}
         same = not self.state or self.state["data"].get("crc32") == crc
         what = f"{self.state.get('kind')} was made with other data for {self.args.env_id}"
@@ -1231,9 +1233,9 @@ class Run:
         packages = ("torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari")
         versions = {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in packages}
         blob = hashlib.sha1(b"blob %d\0" % len(text) + text).hexdigest()  # git's name of this text
-        device_name = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
-        facts = {"versions": versions, "script": PROGRAM, "script_blob": blob, "device_name": device_name}
-        facts |= {"threads": torch.get_num_threads(), "wandb_id": os.urandom(4).hex()}
+        facts = {"versions": versions, "script": PROGRAM, "script_blob": blob, "threads": torch.get_num_threads()}
+        facts["device_name"] = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
+        facts["wandb_id"] = os.urandom(4).hex()
         if resumed and path.exists():  # W&B goes on with the run it had
             facts["wandb_id"] = json.loads(path.read_text())["wandb_id"]
         if self.args.track:
@@ -1327,8 +1329,7 @@ class Run:
                 self.writer.add_scalar(f"eval/{key}", value, self.gradient_steps)
         self.writer.flush()
         if args.snapshots:
-            name = "-".join(map(str, counters))
-            save(self.folder / "snapshots" / f"{name}.pt", self.model())
+            save(self.folder / "snapshots" / ("-".join(map(str, counters)) + ".pt"), self.model())
 
     def append(self, name: str, *rows: tuple) -> None:
         """Add rows to evals.csv or speed.csv."""
@@ -1340,7 +1341,6 @@ class Run:
         """All networks of the agent, and what it takes to use them."""
         networks = {name: part for name, part in self.agent.parts().items() if isinstance(part, nn.Module)}
         facts = {"kind": "model.pt", "script": PROGRAM, "args": dataclasses.asdict(self.args), **self.data}
-        facts["action_dim"] = self.buffer.widths[1]
         return facts | {name: network.state_dict() for name, network in networks.items()}
 
     def save_state(self, kind: str, parts: dict, **more) -> None:
@@ -1403,9 +1403,9 @@ def load(path: Path, kind: str, args: Args, names: Iterable[str], advice: str, o
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # torch raises half a dozen kinds for a truncated file
-        what = "is damaged" if path.exists() else "does not exist"
-        raise bad_input(f"{path} {what} ({one_line(error)}): {advice}") from None
-    require(isinstance(state, dict) and state.get("kind") == kind, f"{path} is no {kind}: {advice}")
+        raise bad_input(f"{path} is damaged or missing ({one_line(error)}): {advice}") from None
+    whole = isinstance(state, dict) and state.get("kind") == kind and state.keys() >= {*Run.SAVED, "parts", "data"}
+    require(whole, f"{path} is no {kind} of this version of {PROGRAM}: {advice}")
     pairs = {name: (state["args"].get(name), getattr(args, name)) for name in names}
     flags = [f"--{name.replace('_', '-')} {old} (now {new})" for name, (old, new) in pairs.items() if old != new]
     require(not flags, f"{path} was made with {', '.join(flags)}: write the same, or {other}")
@@ -1438,7 +1438,7 @@ def accelerate(update: Callable[..., dict]) -> Callable[..., dict]:
         return {name: value.detach() for name, value in update(*flags).items()}
 
     def step(*flags: bool) -> dict:
-        if eager_steps.get(flags, 0) < 3:  # PyTorch asks for a few before a capture; on the CPU all are eager
+        if eager_steps.get(flags, 0) < 3:  # a few before a capture; on no side stream: they leave no graph alive
             metrics = detached(*flags)
             eager_steps[flags] = eager_steps.get(flags, 0) + next(iter(metrics.values())).is_cuda
             return metrics

@@ -240,7 +240,7 @@ def test_each_phase_is_some_lines_of_plain_td3(script, arguments, train, monkeyp
         if step % 2 == 1:
             actions = networks["actor"](batch.observations)
             q = sum(w * networks[key](batch.observations, actions)[0] for key, w in shares(args, step // 2).items())
-            cooled = 0.4 * max(0.1, 1 - (args.n_tau * args.opt + step // 2) / args.lambda_decay)
+            cooled = 0.4 * max(0.1, 1 - (args.n_tau * args.opt + step // 2) / OWN[spot_opt]["lambda_decay"])
             near = constraint(batch.observations, actions, cooled)
             descend(adams["actor"], near - q.mean() / (q.abs().mean().item() if spot else 1))
             follow(networks, *critics, "actor")
