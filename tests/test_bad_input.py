@@ -218,6 +218,9 @@ def test_files_of_another_version_of_the_script(refused, pendulum_file, tmp_path
     alien = {name: value for name, value in offline["args"].items() if name != "policy_frequency"}
     torch.save(offline | {"args": alien}, folder / "alien.pt")  # another algorithm's
     refused("--policy-frequency None (now 2)", dataset=data, offline_from=str(folder / "alien.pt"))
+    fewer = {name: value for name, value in offline.items() if name != "score"}  # a counter that it did not have yet
+    torch.save(fewer, folder / "fewer.pt")
+    refused("fewer.pt is no offline.pt of this version", dataset=data, offline_from=str(folder / "fewer.pt"))
     network = offline["parts"]["q_off"]
     offline["parts"]["q_off"] = {f"old.{name}": values for name, values in network.items()}
     torch.save(offline, folder / "offline.pt")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import td3_opt
 import torch
-from conftest import roll_out, write_file
+from conftest import ROOT, roll_out, write_file
 from runs import equal, rows, run_killed_at, run_script, same_weights, timeless, watch_phases
 from td3_opt import Args
 
@@ -481,6 +481,15 @@ def test_help_shows_every_flag_with_its_default_in_the_group_it_belongs_to(run):
     first |= {"evaluation": "eval-freq", "folder": "exp-name", "logging": "progress"}
     assert {name: group[0][0] for name, group in flags.items()} == first
     assert "a D4RL task, or any Gymnasium id with Box spaces" in groups["task"]
+
+
+def test_a_field_that_a_user_adds_has_a_flag(home, tmp_path):
+    text = (ROOT / "algorithms" / "td3_opt.py").read_text()
+    field = "    seed: int = 0  # of networks"
+    (tmp_path / "mine.py").write_text(text.replace(field, f"    mine: float = 0.5\n{field}"))
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import mine; print(mine.parse_args().mine)"
+    result = run_script("mine", home, "--mine", 0.7, code=code)
+    assert result.stdout.strip() == "0.7", result.stderr
 
 
 def balancing(observation: np.ndarray) -> np.ndarray:
