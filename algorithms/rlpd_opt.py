@@ -1058,19 +1058,19 @@ def check_dataset(dataset: Transitions, env: gym.Env, args: Args) -> None:
 def evaluate(policy: Policy, env: gym.Env, env_id: str, episodes: int, seed: int) -> dict:
     """Roll out `episodes` episodes without noise, from the same start states each time; columns of evals.csv."""
     policy.refresh()
-    returns, lengths, successes = [], [], []
+    returns, lengths, successes, told = [], [], [], False
     for episode in range(episodes):
         observation, _ = env.reset(seed=seed + 1_000_000 + episode)
         total, length, done, success = 0.0, 0, False, False
         while not done:
             observation, reward, terminated, truncated, info = env.step(policy(observation))
             total, length, done = total + float(reward), length + 1, terminated or truncated
-            success |= bool(info.get("success", info.get("is_success", False)))
+            success |= bool(info.get("success", info.get("is_success", False)))  # at any step of the episode
+            told |= "success" in info or "is_success" in info
         returns.append(total)
         lengths.append(length)
-        if "success" in info or "is_success" in info:
-            successes.append(success)
-    mean, rate = float(np.mean(returns)), round(float(np.mean(successes)), 4) if successes else ""
+        successes.append(success)
+    mean, rate = float(np.mean(returns)), round(float(np.mean(successes)), 4) if told else ""
     row = {"normalized_score": round(normalized_score(env_id, mean), 4), "return_mean": round(mean, 4)}
     row |= {"return_std": round(float(np.std(returns)), 4), "length_mean": round(float(np.mean(lengths)), 2)}
     return row | {"success_rate": rate}

@@ -237,12 +237,13 @@ def test_rewards_that_agents_train_on(name):
         assert script.reward_transform(env_id, data) == (1.0, 0.0)
 
 
-def test_success_on_the_last_step_counts_and_early_success_is_kept():
+@pytest.mark.parametrize("keep", [True, False], ids=["told at every step", "told at a success alone"])
+def test_success_on_the_last_step_counts_and_early_success_is_kept(keep):
     class Tries(gym.Env):
         """Episodes of three steps: success on the last one, on the first one, never."""
 
         observation_space = action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
-        episode = -1
+        episode, keep = -1, None
 
         def reset(self, **_):
             self.episode, self.steps = self.episode + 1, 0
@@ -251,10 +252,13 @@ def test_success_on_the_last_step_counts_and_early_success_is_kept():
         def step(self, action):
             self.steps += 1
             success = self.steps == {0: 3, 1: 1}.get(self.episode)
-            return np.zeros(1, np.float32), 0.0, False, self.steps == 3, {"success": success}
+            info = {"success": success} if self.keep or success else {}
+            return np.zeros(1, np.float32), 0.0, False, self.steps == 3, info
 
     policy = td3_opt.Policy(td3_opt.Actor(1, 1))
-    result = td3_opt.evaluate(policy, Tries(), "antmaze-umaze-v2", 4, 0)
+    env = Tries()
+    env.keep = keep
+    result = td3_opt.evaluate(policy, env, "antmaze-umaze-v2", 4, 0)
     assert result["success_rate"] == 0.5 and result["length_mean"] == 3
 
 
