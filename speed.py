@@ -96,19 +96,19 @@ def measure_round(folder: Path) -> dict[str, float]:
     """Milliseconds a gradient step, by what was measured."""
     times = {PLAIN: plain_eager()}
     for name, (_, env_steps) in STEPS.items():
-        vae = ["--vae-steps", 50] if name == "SPOT" else []
-        alone = run(name, folder / name, *vae, "--no-opt", "--online-steps", env_steps)
-        with_opt = [*vae, "--offline-from", folder / name, "--online-steps", N_TAU + env_steps]
+        own = {"SPOT": ["--vae-steps", 50], "RLPD": ["--offline-utd", 20]}.get(name, [])
+        alone = run(name, folder / name, *own, "--no-opt", "--online-steps", env_steps)
+        with_opt = [*own, "--offline-from", folder / name, "--online-steps", N_TAU + env_steps]
         mixed = run(name, folder / f"{name}-mixed", *with_opt, *MIXED)
         q_on_alone = run(name, folder / f"{name}-q-on-alone", *with_opt, *Q_ON_ALONE)
-        if vae:
+        if "vae" in alone:
             times[f"{name}'s VAE"] = alone["vae"]
         times[offline(name)] = alone["offline"]
         times[f"online pre-training, {name}+OPT"] = mixed["online_pretrain"]
         times[f"fine-tuning, {name}"] = alone["online_finetune"]
         times[f"fine-tuning, {name}+OPT, kappa = 1"] = q_on_alone["online_finetune"]
         times[f"fine-tuning, {name}+OPT, kappa < 1"] = mixed["online_finetune"]
-    two = run("RLPD", folder / "RLPD-2", "--no-opt", "--online-steps", 0, "--ensemble-size", 2)
+    two = run("RLPD", folder / "RLPD-2", "--no-opt", "--online-steps", 0, "--offline-utd", 20, "--ensemble-size", 2)
     return times | {TWO_CRITICS: two["offline"]}
 
 

@@ -125,16 +125,15 @@ PHASES = ("start", "offline", "collect", "online_pretrain", "online_finetune", "
 OFFLINE_ARGS = """env_id seed offline_steps batch_size learning_rate gamma tau offline_utd ensemble_size subset_size
     backup_entropy hidden_layers normalize_states""".split()  # what offline.pt depends on
 BOUNDS = {  # what an error says: (arguments, test)
-    "a whole number from 0 to 4294967295": ("seed", lambda x: 0 <= x < 2**32),
     "0 or more": (
         "random_steps offline_steps online_steps n_tau n_pretrain eval_freq checkpoint_freq",
         lambda x: x >= 0,
     ),
+    "a whole number from 0 to 4294967295": ("seed kappa_decay", lambda x: 0 <= x < 2**32),
     "1 or more": ("utd offline_utd batch_size eval_episodes ensemble_size subset_size hidden_layers", lambda x: x >= 1),
     "a number from 0 to 1": ("kappa_init kappa_end gamma tau", lambda x: 0 <= x <= 1),
     "a number between 0 and 1": ("init_online_fraction", lambda x: 0 < x < 1),
     "a positive number": ("learning_rate meta_lr", lambda x: 0 < x < math.inf),
-    "a number, 0 or more": ("kappa_decay", lambda x: 0 <= x < math.inf),
 }
 # Table 15: kappa_init, T_decay in environment steps, kappa_end. With constant kappa = 1, T_decay does not matter.
 KAPPA_SCHEDULES = {

@@ -131,8 +131,8 @@ OFFLINE_ARGS = """env_id seed vae_steps offline_steps batch_size actor_learning_
     vae_learning_rate kl_weight lambda_init layer_norm gamma tau policy_frequency policy_noise noise_clip
     normalize_states""".split()  # what offline.pt depends on
 BOUNDS = {  # what an error says: (arguments, test)
-    "a whole number from 0 to 4294967295": ("seed", lambda x: 0 <= x < 2**32),
     "0 or more": ("vae_steps offline_steps online_steps n_tau n_pretrain eval_freq checkpoint_freq", lambda x: x >= 0),
+    "a whole number from 0 to 4294967295": ("seed kappa_decay", lambda x: 0 <= x < 2**32),
     "1 or more": ("lambda_decay utd batch_size eval_episodes policy_frequency", lambda x: x >= 1),
     "a number from 0 to 1": ("kappa_init kappa_end lambda_end gamma online_gamma tau", lambda x: 0 <= x <= 1),
     "a number between 0 and 1": ("init_online_fraction", lambda x: 0 < x < 1),
@@ -141,7 +141,7 @@ BOUNDS = {  # what an error says: (arguments, test)
         lambda x: 0 < x < math.inf,
     ),
     "a number, 0 or more": (
-        "kappa_decay kl_weight lambda_init policy_noise noise_clip exploration_noise collect_noise",
+        "kl_weight lambda_init policy_noise noise_clip exploration_noise collect_noise",
         lambda x: 0 <= x < math.inf,
     ),
 }

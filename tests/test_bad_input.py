@@ -181,6 +181,9 @@ def test_offline_from_another_run(refused, pendulum_file, tmp_path, capsys):
     second = dict(dataset=str(pendulum_file), offline_from=first["run_dir"])
     refused("--seed 0 (now 1)", seed=1, **second)
     refused("--offline-steps 0 (now 3)", **(second | dict(offline_steps=3)))
+    refused("--normalize-states True (now False)", normalize_states=False, **second)
+    td3_opt.train(Args(**TINY, **second, collect_noise=0.0, run_dir=str(tmp_path / "quiet")))  # no matter offline
+    capsys.readouterr()
     refused("nothing is damaged or missing", **(second | dict(offline_from=str(tmp_path / "nothing"))))
     other = str(write_file(tmp_path / "other.hdf5", pendulum_like()))
     refused("other data", dataset=other, offline_from=first["run_dir"])

@@ -27,10 +27,10 @@ BANNER = "#" * 120 + "\n# The same text in every script from here on"
 # What any two scripts call by one name has to be the same text, but for these: of each script, and of one of them.
 DIFFERENT = {
     "Args", "OFFLINE_ARGS", "BOUNDS", "paper_values", "Actor", "Critic", "policy_value", "Agent", "explore",
-    "offline_pretrain", "online_pretrain", "online_finetune",
+    "collect", "offline_pretrain", "online_pretrain", "online_finetune",
 }  # fmt: skip
 OWN = {
-    "spot_opt": {"PHASES", "EnsembleLayerNorm", "policy_loss", "collect", "train"},
+    "spot_opt": {"PHASES", "EnsembleLayerNorm", "policy_loss", "train"},
     "iql_opt": {"reward_transform"},
     "rlpd_opt": {"check", "train"},
 }

@@ -58,7 +58,9 @@ def test_the_noise_of_the_collected_steps(script, train):
     actor.load_state_dict(states["collect"]["actor"])
     with torch.no_grad():
         expected = actor(rows[:30, :4])
+        after = actor(rows[30:31, :4])
     torch.testing.assert_close(rows[:30, 4:5], expected)
+    assert (rows[30, 4:5] - after).abs() > 1e-3  # the policy has not changed until the first step of fine-tuning
     assert script.resolve(dataclasses.replace(args, collect_noise=None, exploration_noise=0.3)).collect_noise == 0.3
 
 

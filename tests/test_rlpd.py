@@ -346,6 +346,7 @@ def test_settings_of_each_domain(env_id, subset_size, backup_entropy, hidden_lay
     args = rlpd_opt.resolve(Args(env_id=env_id))
     assert (args.subset_size, args.backup_entropy, args.hidden_layers) == (subset_size, backup_entropy, hidden_layers)
     assert (args.utd, args.ensemble_size, args.replay, args.random_steps) == (20, 10, "symmetric", 0)
+    assert not args.normalize_states
     agent = rlpd_opt.Agent(args, 5, 2, CPU)
     assert len(agent.q_off.hidden) == len(agent.q_on.norms) == len(agent.actor.hidden) == hidden_layers
     own = rlpd_opt.resolve(Args(env_id=env_id, subset_size=4, backup_entropy=not backup_entropy, hidden_layers=1))

@@ -251,9 +251,9 @@ def test_discount_and_constraint_change_where_the_run_goes_online(watched, monke
         spot_opt, "td_target", lambda q, b, a, gamma: (gammas.append(gamma), td_target(q, b, a, gamma))[1]
     )
     monkeypatch.setattr(spot_opt, "policy_loss", lambda q, e, w: (weights.append(float(w)), policy_loss(q, e, w))[1])
-    watched(gamma=0.9, online_gamma=0.95, lambda_init=0.5, lambda_end=0.4, lambda_decay=60)
+    watched(gamma=0.9, online_gamma=0.95, lambda_init=0.5, lambda_end=0.4, lambda_decay=50)
     assert gammas == [0.9] * 20 + [0.95] * (16 + 2 * 30)
-    cooled = [0.5 * max(0.4, 1 - step / 60) for step in range(31, 60, 2)]  # every second gradient step, at 31, 33, ...
+    cooled = [0.5 * max(0.4, 1 - step / 50) for step in range(31, 60, 2)]  # every second gradient step, at 31, 33, ...
     assert weights == pytest.approx([0.5] * 10 + cooled, abs=1e-6)
 
 
