@@ -861,7 +861,7 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
             env.render()
     except (gym.error.UnregisteredEnv, gym.error.DeprecatedEnv):
         near = difflib.get_close_matches(env_id, [*TASKS, *gym.registry], n=3, cutoff=0.5) or TASKS[:3]
-        raise bad_input(f"unknown --env-id {env_id!r}: did you mean {', '.join(near)}?") from None
+        raise bad_input(f"unknown --env-id {env_id!r}: did you mean {', '.join(near)}, or module:Env-v0?") from None
     except Exception as error:  # a package that it needs is missing, or a user's own environment fails in its own way
         advice = "try MUJOCO_GL=egl or =osmesa, or no --capture-video" if render_mode else "write another, or mend it"
         raise bad_input(f"--env-id {env_id} cannot be made ({one_line(error)}): {advice}") from None
@@ -1139,12 +1139,12 @@ class Run:
     SPEED = ["phase", "gradient_steps", "env_steps", "seconds", "gradient_steps_per_second"]
     SAVED = ("phase", "step", "phase_seconds", "env_steps", "gradient_steps", "seconds", "score", "evals", "speed")
     FREE = ("resume", "run_dir", "offline_from", "checkpoint_freq", "save_model", "snapshots", "capture_video", "track")
-    FREE += ("wandb_project_name", "wandb_entity", "progress")  # arguments that may change where a run is resumed
+    FREE += ("wandb_project_name", "wandb_entity", "progress", "dataset")  # may change on resuming; data is compared
     LOG_FREQ = 1_000  # gradient steps between two points of a TensorBoard curve
 
     def __init__(self, args: Args):
         """Make the environments and the folder, and read what the run goes on from. Exit 2 where that cannot be."""
-        self.args, self.folder, self.device = args, Path(args.run_dir), torch.device(args.device)
+        self.args, self.folder, self.device = args, Path(args.run_dir).expanduser(), torch.device(args.device)
         self.env, self.evaluation_env = make_env(args.env_id), make_env(args.env_id)
         if args.capture_video:
             os.environ.setdefault("MUJOCO_GL", "glfw" if os.environ.get("DISPLAY") else "egl")
@@ -1169,7 +1169,7 @@ class Run:
             advice, other = "delete it, and --resume starts from the beginning", "start a new run in another --run-dir"
             self.state = load(checkpoint, "checkpoint.pt", args, names, advice, other)
         elif args.offline_from:
-            path, advice = Path(args.offline_from), "write another --offline-from, a run's folder or its offline.pt"
+            path, advice = Path(args.offline_from).expanduser(), "write another --offline-from, a run's folder"
             path = path / "offline.pt" if path.is_dir() else path
             self.state = load(path, "offline.pt", args, OFFLINE_ARGS, advice, "leave out --offline-from")
         vars(self).update({name: self.state[name] for name in self.SAVED if self.state})
@@ -1247,7 +1247,7 @@ class Run:
             except Exception as error:  # not installed, not logged in, not reached
                 raise bad_input(f"--track: {one_line(error)}: run wandb login, or set WANDB_MODE=offline") from None
         with contextlib.suppress(ValueError):  # of a thread that is not the main one
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the last is Slurm's --signal
                 self.old_handlers[number] = signal.signal(number, self.on_signal)
         save(path, json.dumps(args | facts, indent=2))
         self.append("evals")
@@ -1255,7 +1255,7 @@ class Run:
         self.writer = SummaryWriter(str(self.folder), purge_step=self.gradient_steps + 1 if state else None)
 
     def on_signal(self, number: int, frame) -> None:
-        """The first Ctrl-C or SIGTERM asks for a checkpoint and the end, a second one does not wait."""
+        """The first Ctrl-C, SIGTERM or SIGUSR1 asks for a checkpoint and the end, a second one does not wait."""
         if self.signal:
             raise SystemExit(128 + number)
         self.signal = number

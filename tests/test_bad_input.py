@@ -41,7 +41,7 @@ def test_on_the_command_line_there_is_one_line_and_no_traceback(run):
 
 def test_environment_ids(refused, pendulum_file):
     refused("halfcheetah-medium-v2", env_id="halfchetah-medium-v2")
-    refused("InvertedPendulum-v5", env_id="InvertedPendulm-v5")
+    refused("InvertedPendulum-v5", "module:Env-v0", env_id="InvertedPendulm-v5")
     refused("--dataset", env_id="InvertedPendulum-v5")
     refused("Discrete", "flat Boxes", env_id="CartPole-v1", dataset=str(pendulum_file))
     refused("Dict", "flat Boxes", env_id="AntMaze_UMaze-v4", dataset=str(pendulum_file))
@@ -161,7 +161,19 @@ def test_a_folder_that_holds_another_run(refused, pendulum_file, tmp_path, capsy
     refused("holds a run already", "--resume", "--run-dir", **arguments)
     refused("--utd 5 (now 3)", "--gamma 0.99 (now 0.9)", resume=True, utd=3, gamma=0.9, **arguments)
     other = str(write_file(tmp_path / "other.hdf5", {k: np.zeros_like(v) for k, v in pendulum_like().items()}))
-    refused("--dataset", resume=True, run_dir=arguments["run_dir"], dataset=other)
+    checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    torch.save(checkpoint | {"phase": "offline"}, tmp_path / "run" / "checkpoint.pt")  # of a run that goes on
+    refused("other data", "--dataset", resume=True, run_dir=arguments["run_dir"], dataset=other)
+    copied = tmp_path / "copy.hdf5"
+    copied.write_bytes(pendulum_file.read_bytes())
+    refused("another version", resume=True, run_dir=arguments["run_dir"], dataset=str(copied))  # past the data's check
+
+
+def test_paths_may_begin_with_the_home_folder(pendulum_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    td3_opt.train(Args(**TINY, dataset=str(pendulum_file), run_dir="~/first"))
+    td3_opt.train(Args(**TINY, dataset=str(pendulum_file), run_dir="~/second", offline_from="~/first"))
+    assert (tmp_path / "first" / "offline.pt").exists() and (tmp_path / "second" / "model.pt").exists()
 
 
 def read_columns(path) -> dict[str, np.ndarray]:

@@ -158,7 +158,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(whole, run, home,
     assert timeless(tmp_path / "run") == timeless(whole) and same_weights(tmp_path / "run", whole)
 
 
-@pytest.mark.parametrize("number, status", [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize("number, status", [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 138)])
 def test_ctrl_c_writes_a_checkpoint_first(whole, run, home, pendulum_file, tmp_path, number, status):
     arguments = (*SHORT, "--dataset", pendulum_file, "--run-dir", tmp_path / "run")
     result = run_killed_at("td3_opt", "online_finetune", 21, number, home, *arguments)
