@@ -35,9 +35,11 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
+import sysconfig
 import time
 import warnings
 import zlib
@@ -70,6 +72,7 @@ class Args:
     dataset: str | None = None  # a D4RL-style .hdf5 file or a Minari id; None: D4RL's own data for the task
     seed: int = 0  # of networks, sampling and environments
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to train; auto takes CUDA where there is one
+    compile: bool | None = None  # compile the gradient step; None: from 100,000 of them on, where there is g++
     # phases
     opt: bool = True  # --no-opt: the vanilla backbone, offline then online: no Q_on, and no use for the flags of OPT
     vae_steps: int = 100_000  # gradient steps of the VAE, before offline pre-training
@@ -307,16 +310,37 @@ class VAE(nn.Module):
 
 
 def make_adam(network: nn.Module, learning_rate: float) -> torch.optim.Adam:
+    """Adam with its state, so that a compiled step finds it."""
     parameters = list(network.parameters())
-    return torch.optim.Adam(parameters, lr=learning_rate, fused=True, capturable=parameters[0].is_cuda)
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate, fused=True, capturable=parameters[0].is_cuda)
+    for p in parameters:
+        moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device)} | moments
+    return optimizer
 
 
-def minimize(loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+@torch.no_grad()
+def adam_step(optimizer: torch.optim.Adam, gradients: Iterable[torch.Tensor]) -> None:
+    """A step of Adam. torch.compile cannot look into optimizer.step(): there, the same by its formula."""
+    group = optimizer.param_groups[0]
+    if not torch.compiler.is_compiling():
+        for p, gradient in zip(group["params"], gradients, strict=True):
+            p.grad = gradient
+        optimizer.step()
+        return
+    beta1, beta2 = group["betas"]
+    for p, gradient in zip(group["params"], gradients, strict=True):
+        step, mean, square = (optimizer.state[p][key] for key in ("step", "exp_avg", "exp_avg_sq"))
+        step += 1
+        mean.lerp_(gradient, 1 - beta1)
+        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        deviation = (square / (1 - beta2**step)).sqrt() + group["eps"]
+        p -= group["lr"] * mean / ((1 - beta1**step) * deviation)
+
+
+def minimize(loss: torch.Tensor, optimizer: torch.optim.Adam) -> None:
     """One step of `optimizer` down `loss`; only its own parameters get gradients."""
-    parameters = optimizer.param_groups[0]["params"]
-    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-        parameter.grad = gradient
-    optimizer.step()
+    adam_step(optimizer, torch.autograd.grad(loss, optimizer.param_groups[0]["params"]))
 
 
 @torch.no_grad()
@@ -525,21 +549,22 @@ class Agent:
 
     def reset_optimizers(self) -> None:
         """Forget the moments of the offline phase, as SPOT does where it goes online."""
-        self.actor_optimizer.state.clear()
-        self.q_off_optimizer.state.clear()
+        for optimizer in (self.actor_optimizer, self.q_off_optimizer):
+            for state in optimizer.state.values():
+                torch._foreach_zero_(list(state.values()))
 
 
 def offline_pretrain(args: Args, run: Run, agent: Agent, buffer: ReplayBuffer) -> None:
     """Phase 1: the VAE of the dataset's actions, then SPOT on B_off."""
 
-    @accelerate
+    @accelerate(args.compile)
     def update_vae() -> dict:
         batch = buffer[buffer.sample("offline", args.batch_size)]
         loss = elbo_loss(agent.vae, batch.observations, batch.actions, args.kl_weight).mean()
         minimize(loss, agent.vae_optimizer)
         return {"vae_loss": loss}
 
-    @accelerate
+    @accelerate(args.compile)
     def update(update_policy: bool) -> dict:
         batch = buffer[buffer.sample("offline", args.batch_size)]
         next_actions = smoothed_actions(agent.actor_target, batch.next_observations, args)
@@ -585,7 +610,7 @@ def online_pretrain(args: Args, run: Run, agent: Agent, buffer: ReplayBuffer) ->
     name = "q_on" if args.q_on else "q_off"
     critic, critic_target, optimizer = agent.critic(name)
 
-    @accelerate
+    @accelerate(args.compile)
     def update(update_target: bool) -> dict:
         n = args.batch_size
         batch = buffer[torch.cat([buffer.sample("offline", n), buffer.sample("online", n)])]
@@ -620,7 +645,7 @@ def online_finetune(
     kappa, support_weight = torch.zeros(2, device=run.device).unbind()
     before = args.n_tau if args.opt else 0
 
-    @accelerate
+    @accelerate(args.compile)
     def update(update_policy: bool) -> dict:
         rows = balanced.tree.sample(args.batch_size) if balanced else buffer.sample(args.replay, args.batch_size)
         batch = buffer[rows]
@@ -671,8 +696,7 @@ def train(args: Args) -> float:
     run = Run(args)
     if run.phase == "done":
         return run.finish()
-    if args.device == "cpu":
-        tune_cpu()
+    tune(args)
     buffer = ReplayBuffer(run.load_data(reward_transform), args.online_steps, run.device)
     agent = Agent(args, *buffer.widths[:2], run.device)
     torch.manual_seed(args.seed + 2_000)
@@ -1110,7 +1134,9 @@ def parse_args() -> Args:
         if heading := re.fullmatch(r"    # (\w+)", line):
             fields = sections[heading[1]] = []
         elif field := re.match(r"    (\w+): (?:.*?  # (.*))?", line):
-            fields.append((field[1], Annotated[hints[field[1]], tyro.conf.arg(help=field[2])], getattr(Args, field[1])))
+            flag = bool if hints[field[1]] == bool | None else None  # --x and --no-x, not --x True
+            kind = Annotated[hints[field[1]], tyro.conf.arg(help=field[2], constructor=flag)]
+            fields.append((field[1], kind, getattr(Args, field[1])))
     kinds = {name: dataclasses.make_dataclass(name, fields) for name, fields in sections.items()}
     groups = [(n, tyro.conf.OmitArgPrefixes[k], dataclasses.field(default_factory=k)) for n, k in kinds.items()]
     parsed = tyro.cli(dataclasses.make_dataclass("Groups", groups), description=Args.__doc__)
@@ -1122,7 +1148,9 @@ def resolve(args: Args) -> Args:
     args, antmaze = copy.copy(args), args.env_id in ANTMAZE_TASKS
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    compiler = shutil.which("g++") and (Path(sysconfig.get_path("include")) / "Python.h").exists()
     values = {"eval_freq": 50_000 if antmaze else 5_000, "eval_episodes": 100 if antmaze else 10} | paper_values(args)
+    values["compile"] = bool(compiler) and args.offline_steps + args.utd * args.online_steps >= 100_000
     values["run_dir"] = f"runs/{args.env_id.replace('/', '-')}__{args.exp_name or values['exp_name']}__{args.seed}"
     for name, value in values.items():
         if getattr(args, name) is None:
@@ -1133,6 +1161,7 @@ def resolve(args: Args) -> Args:
             require(holds(value), f"--{name.replace('_', '-')} is {value}: write {allowed}")
     cuda = args.device == "cpu" or torch.cuda.is_available()
     require(cuda, "--device cuda, but torch finds no CUDA device: write --device cpu, or install a CUDA build")
+    require(compiler or not args.compile, "--compile needs g++ and Python.h: install them, or write --no-compile")
     check(args)
     return args
 
@@ -1420,8 +1449,11 @@ def load(path: Path, kind: str, args: Args, names: Iterable[str], advice: str, o
 # Speed ================================================================================================================
 
 
-def tune_cpu() -> None:
-    """Three settings for the speed of small networks on a CPU; results stay in float32."""
+def tune(args: Args) -> None:
+    """Settings for the speed of small networks; results stay in float32."""
+    if args.device == "cuda":
+        torch.set_num_threads(1)  # on the CPU it acts, one observation at a time
+        return
     torch.set_flush_denormal(True)  # Adam's moments of dead units decay into denormals, which are slow
     with contextlib.suppress(OSError):  # glibc maps a 256 KB activation anew at every operation: keep freed memory
         libc = ctypes.CDLL("libc.so.6")
@@ -1435,26 +1467,36 @@ def tune_cpu() -> None:
         torch.backends.mkldnn.matmul.fp32_precision = "ieee"
 
 
-def accelerate(update: Callable[..., dict]) -> Callable[..., dict]:
-    """Decorates a gradient step: on CUDA it is replayed as a CUDA graph, one for each value of its arguments."""
-    eager_steps, graphs = {}, {}
+def accelerate(compiled: bool) -> Callable[[Callable[..., dict]], Callable[..., dict]]:
+    """Decorates a gradient step: `compiled` or as it is; on CUDA replayed as a CUDA graph, one for each argument."""
 
-    def detached(*flags: bool) -> dict:
-        return {name: value.detach() for name, value in update(*flags).items()}
+    def decorate(update: Callable[..., dict]) -> Callable[..., dict]:
+        def detached(*flags: bool) -> dict:
+            return {name: value.detach() for name, value in update(*flags).items()}
 
-    def step(*flags: bool) -> dict:
-        if eager_steps.get(flags, 0) < 3:  # a few before a capture; on no side stream: they leave no graph alive
-            metrics = detached(*flags)
-            eager_steps[flags] = eager_steps.get(flags, 0) + next(iter(metrics.values())).is_cuda
-            return metrics
-        if flags not in graphs:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                graphs[flags] = graph, detached(*flags)
-        graphs[flags][0].replay()
-        return graphs[flags][1]
+        if compiled:
+            torch._dynamo.config.trace_autograd_ops = True
+            detached.__code__ = detached.__code__.replace()  # its own: at most 8 versions of a code are compiled
+            options = {"fallback_random": True, "compile_threads": 1}  # eager code's random numbers; no other process
+            options["loop_ordering_after_fusion"] = False  # fails on CUDA in PyTorch 2.11
+            detached = torch.compile(detached, fullgraph=True, options=options)
+        eager_steps, graphs = {}, {}
 
-    return step
+        def step(*flags: bool) -> dict:
+            if eager_steps.get(flags, 0) < 3:  # a few before a capture; on no side stream: they leave no graph alive
+                metrics = detached(*flags)
+                eager_steps[flags] = eager_steps.get(flags, 0) + next(iter(metrics.values())).is_cuda
+                return metrics
+            if flags not in graphs:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    graphs[flags] = graph, detached(*flags)
+            graphs[flags][0].replay()
+            return graphs[flags][1]
+
+        return step
+
+    return decorate
 
 
 if __name__ == "__main__":

@@ -85,3 +85,56 @@ def run(start):
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     return run
+
+
+def take_phase(script, phase: str, variant: dict, device: str, steps: int = 200, compiled: bool = False) -> list[dict]:
+    """The metrics of each step of a phase, from one and the same state, in torch's default dtype."""
+    rng, n = np.random.default_rng(0), 5_000
+    columns = [rng.standard_normal((n, 11)), rng.uniform(-1, 1, (n, 3)), rng.standard_normal(n)]
+    columns += [rng.standard_normal((n, 11)), np.zeros(n)]
+    data = script.Transitions(*(np.asarray(column, np.float32) for column in columns))
+    args = {"vae_steps": steps // 4} if hasattr(script.Args, "vae_steps") else {}
+    args |= dict(offline_steps=steps, n_pretrain=steps, n_tau=100, online_steps=1_000, compile=compiled)
+    args |= dict(env_id="hopper-medium-v2", device="cpu")
+    args = script.resolve(script.Args(**(args | variant)))
+    before = args.n_tau if args.opt else getattr(args, "random_steps", 0)
+    args.online_steps, args.device, device = before + steps // args.utd, device, torch.device(device)
+    policy = script.Policy(script.Agent(args, 11, 3, torch.device("cpu")).actor)  # acts; it learns nothing
+    policy.refresh = lambda: None
+    buffer = script.ReplayBuffer(data, 200, device)
+    for i in range(100):
+        buffer.add(*(column[i] for column in data))
+    agent = script.Agent(args, 11, 3, device)
+    torch.manual_seed(1)
+    balanced = script.BalancedReplay(buffer, args.batch_size, device) if args.replay == "balanced" else None
+    seen = []
+
+    class FakeRun:
+        env_steps = 0
+
+        def __init__(self):
+            self.device, self.metrics, self.policy = device, {}, policy
+
+        def loop(self, phase, total, **kwargs):
+            torch.manual_seed(2)
+            for step in range(total):
+                yield step
+                seen.append({name: value.clone() for name, value in self.metrics.items() if torch.is_tensor(value)})
+
+    class FakeCollector:
+        observation = torch.tensor(data.observations[0], dtype=torch.get_default_dtype()).numpy()
+
+        def step(self, action):
+            return buffer.add(*(column[0] for column in data))
+
+    if phase == "offline":
+        script.offline_pretrain(args, FakeRun(), agent, buffer)
+    elif phase == "online_pretrain":
+        script.online_pretrain(args, FakeRun(), agent, buffer)
+    else:
+        script.online_finetune(args, FakeRun(), agent, buffer, balanced, FakeCollector())
+    return seen
+
+
+def losses_of(seen: list[dict]) -> list[list[float]]:
+    return [[float(metrics[name]) for name in sorted(metrics) if name.endswith("loss")] for metrics in seen]

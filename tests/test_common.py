@@ -141,8 +141,9 @@ ONLINE = {
     "lambda_end", "lambda_decay", "online_gamma", "random_steps",
 }  # fmt: skip
 RUN = {
-    "device", "eval_freq", "eval_episodes", "snapshots", "exp_name", "run_dir", "offline_from", "checkpoint_freq",
-    "resume", "save_model", "capture_video", "track", "wandb_project_name", "wandb_entity", "progress",
+    "device", "compile", "eval_freq", "eval_episodes", "snapshots", "exp_name", "run_dir", "offline_from",
+    "checkpoint_freq", "resume", "save_model", "capture_video", "track", "wandb_project_name", "wandb_entity",
+    "progress",
     "dataset",  # its content is compared
 }  # fmt: skip
 

@@ -138,7 +138,9 @@ def test_a_killed_run_resumes_bit_for_bit(whole, run, home, pendulum_file, tmp_p
 
 
 @pytest.mark.parametrize(
-    "variant", [("--no-opt",), ("--no-q-on",), ("--kappa-init", 1, "--kappa-end", 1, "--replay", "symmetric")], ids=str
+    "variant",
+    [("--no-opt",), ("--no-q-on",), ("--kappa-init", 1, "--kappa-end", 1, "--replay", "symmetric"), ("--compile",)],
+    ids=str,
 )
 def test_other_variants_resume_bit_for_bit_too(run, home, pendulum_file, tmp_path, variant):
     arguments = (*SHORT, *variant, "--dataset", pendulum_file)
