@@ -1,6 +1,8 @@
 """A gradient step is the same compiled or not, and never waits for the device, as a CUDA graph needs it."""
 
+import json
 import shutil
+import types
 
 import iql_opt
 import pytest
@@ -9,6 +11,7 @@ import spot_opt
 import td3_opt
 import torch
 from conftest import losses_of, take_phase
+from runs import run_killed_at, run_script
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -117,3 +120,35 @@ def test_long_runs_are_compiled_where_there_is_a_compiler(script, monkeypatch):
     assert not chosen()
     with pytest.raises(SystemExit):
         chosen(compile=True)
+
+
+@SCRIPTS
+@pytest.mark.parametrize("faster", ["bf16", "ieee"])
+def test_the_faster_library_multiplies_matrices_and_a_resumed_run_keeps_its_own(script, faster, monkeypatch):
+    settings, now = torch.backends.mkldnn.matmul, [0.0]
+
+    def clock() -> float:
+        now[0] += 1.0 if settings.fp32_precision == faster else 1.1
+        return now[0]
+
+    monkeypatch.setattr(script.time, "perf_counter", clock)
+    run = types.SimpleNamespace(device=torch.device("cpu"), products="")
+    script.tune(run)
+    assert run.products == settings.fp32_precision == faster
+    run.products = other = "ieee" if faster == "bf16" else "bf16"
+    script.tune(run)
+    assert run.products == settings.fp32_precision == other
+
+
+def test_which_library_it_is_stands_in_args_json_and_in_the_checkpoint(home, pendulum_file, tmp_path):
+    flags = "--env-id InvertedPendulum-v5 --no-opt --offline-steps 20 --online-steps 20 --eval-episodes 1 --no-progress"
+    arguments = (*flags.split(), "--dataset", pendulum_file, "--run-dir", tmp_path / "run")
+    assert run_killed_at("td3_opt", "offline", 10, "SIGTERM", home, *arguments).returncode == 143
+    path = tmp_path / "run" / "checkpoint.pt"
+    names = {"bf16": "oneDNN", "ieee": "MKL"}
+    saved = torch.load(path, weights_only=True)
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["products"] == names[saved["products"]]
+    saved["products"] = "ieee" if saved["products"] == "bf16" else "bf16"
+    torch.save(saved, path)
+    assert run_script("td3_opt", home, *arguments, "--resume").returncode == 0
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["products"] == names[saved["products"]]

@@ -1,71 +1,103 @@
-"""speed.py: its runs as flags that the scripts take, its medians and ratios, and bad input; the runs are stand-ins."""
+"""speed.py: the steps are the scripts' own, JAX's and plain PyTorch's are TD3+BC's; its table; bad input."""
 
 import importlib
 import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
-import tyro
+import torch
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT))
 import speed
 
-MS = {"vae": 5, "offline": 2, "online_pretrain": 3, "online_finetune": 4}
-
-
-class StandIn:
-    """A run that writes speed.csv at once; the second round of RLPD with 2 critics is slower."""
-
-    def __init__(self, name, folder, *flags):
-        command = ["--env-id", "hopper-random-v2", "--run-dir", str(folder), *map(str, flags)]
-        args = tyro.cli(importlib.import_module(f"{name.lower()}_opt").Args, args=command)
-        assert args.eval_freq == args.checkpoint_freq == 0 and not args.save_model
-        factor = 3 if args.kappa_init == 0.1 else 2 if args.kappa_init == 1 else 1
-        if name == "RLPD" and args.ensemble_size == 2:
-            factor = 0.25 if folder.parent.name == "0" else 0.5
-        assert args.opt == (args.offline_from is not None) == (args.kappa_init is not None)
-        if args.opt:
-            assert (folder.parent / name / "speed.csv").exists() and args.online_steps > args.n_tau
-        folder.mkdir(parents=True)
-        rows = [f"{phase},200,1,{0.2 * ms * factor},9\n" for phase, ms in MS.items()] + ["start,0,0,0.000,0\n"]
-        header = "phase,gradient_steps,env_steps,seconds,gradient_steps_per_second\n"
-        (folder / "speed.csv").write_text(header + "".join(rows))
-
-    def wait(self) -> int:
-        return 0
+FINE_TUNING = ("fine-tuning, {}", "fine-tuning, {}+OPT, kappa = 1", "fine-tuning, {}+OPT, kappa < 1")
+STEPS = {name: ["offline, {}", "online pre-training, {}+OPT", *FINE_TUNING] for name in speed.NAMES}
+LABELS = [label.format(name) for name, labels in STEPS.items() for label in labels]
+LABELS += ["SPOT's VAE", speed.TEN, speed.TWO, speed.PLAIN, speed.JAX]
 
 
 @pytest.fixture
-def stand_ins(monkeypatch):
-    monkeypatch.setattr(speed, "start", StandIn)
-    monkeypatch.setattr(speed, "plain_eager", lambda: 7.0)
-    monkeypatch.setattr(speed, "regenerate", lambda folder: "regenerated")
-    monkeypatch.setattr(speed.os, "environ", {})
-    monkeypatch.setattr(speed.torch, "set_num_threads", lambda threads: None)
+def small(monkeypatch):
+    monkeypatch.setattr(speed, "N_OFFLINE", 2_000)
+    monkeypatch.setattr(speed, "N_ONLINE", 500)
+    monkeypatch.setattr(speed, "TAKEN", 20)
 
 
-def test_medians_and_ratios(stand_ins, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["speed.py", "--rounds", "2", "--threads", "3"])
-    speed.main()
-    out = re.sub(" +", " ", capsys.readouterr().out)
-    assert f"{speed.processor()}, 3 threads; medians of 2 rounds" in out and out.endswith("\nregenerated\n")
-    assert speed.os.environ["OMP_NUM_THREADS"] == "3"
-    assert "offline, plain eager PyTorch / offline, TD3: 3.50 (3.50 to 3.50)" in out
-    assert "offline, RLPD of 2 critics 0.75 ms a gradient step (0.50 to 1.00)" in out
-    assert "offline, RLPD of 10 critics / offline, RLPD of 2 critics: 3.00 (2.00 to 4.00)" in out
-    assert "SPOT's VAE 5.00 ms" in out
-    for name in ("TD3", "SPOT", "IQL", "RLPD"):
-        assert f"online pre-training, {name}+OPT 9.00 ms" in out
-        assert f"fine-tuning, {name}+OPT, kappa = 1 / fine-tuning, {name}: 2.00" in out
-        assert f"fine-tuning, {name}+OPT, kappa < 1 / fine-tuning, {name}: 3.00" in out
+def test_every_step_of_every_script_is_timed(small, monkeypatch):
+    """Without compiling; a step moves the networks, and nothing of the scripts is left changed."""
+    scripts = [importlib.import_module(f"{name.lower()}_opt") for name in speed.NAMES]
+    accelerate, agents = [script.accelerate for script in scripts], []
+    for script in scripts:
+        monkeypatch.setattr(script, "tune", lambda args: None)
+        new = script.Agent
+        monkeypatch.setattr(script, "Agent", lambda *args, new=new: agents.append(new(*args)) or agents[-1])
+    monkeypatch.setattr(speed, "plain_eager", lambda threads: 7.0)
+    monkeypatch.setattr(speed, "milliseconds", lambda take, n: (take(), n)[1])
+    measures = speed.contestants(compiled=False)
+    assert sorted(measures) == sorted(LABELS)
+    assert [script.accelerate for script in scripts] == accelerate
+    assert all(measures[label]() == (4 if "RLPD" in label else 20) for label in LABELS if "TD3" not in label)
+    assert len(agents) == 5 + 5 + 5 + 7
+    for agent in agents:
+        moved = [float(state["step"]) for part in agent.parts().values() if isinstance(part, torch.optim.Adam)
+                 for state in part.state.values()]  # fmt: skip
+        assert max(moved) >= 8
 
 
-def test_a_failing_run_and_bad_input(stand_ins, monkeypatch, tmp_path):
-    monkeypatch.setattr(StandIn, "wait", lambda self: 2)
+def test_jax_and_plain_pytorch_learn_what_td3_bc_learns(small, monkeypatch):
+    """Every state is terminal, r = -|a - 0.5|^2, the data's actions are around 0.5: so is the policy, and Q is r."""
+    data, networks, mlp = speed.columns(), [], speed.mlp
+    data[0][:], data[1][:] = 1, data[1] / 2 + 0.5
+    data[2][:], data[4][:] = -np.square(data[1] - 0.5).sum(1), 1
+    states, ends = data[0][:100], np.ones((100, 3), np.float32)
+    monkeypatch.setattr(speed, "mlp", lambda *sizes: networks.append(mlp(*sizes)) or networks[-1])
+    step = speed.plain_step([torch.from_numpy(column.reshape(len(column), -1)) for column in data])
+    for i in range(1_000):
+        step(i)
+    actor, first, _ = networks
+    actions = torch.tanh(actor(torch.from_numpy(states)))
+    assert actions.mean().item() == pytest.approx(0.5, abs=0.1)
+    values = first(torch.cat([torch.from_numpy(states), torch.from_numpy(ends)], 1))
+    assert values.mean().item() == pytest.approx(-0.75, abs=0.1)
+
+    take = speed.jax_steps(data, 1_000)
+    jax_actor, critics = take()[:2]
+
+    def forward(layers, x):
+        for weight, bias in layers[:-1]:
+            x = np.maximum(x @ np.asarray(weight) + np.asarray(bias), 0)
+        return x @ np.asarray(layers[-1][0]) + np.asarray(layers[-1][1])
+
+    assert np.tanh(forward(jax_actor, states)).mean() == pytest.approx(0.5, abs=0.1)
+    inputs = np.concatenate([states, ends], 1)
+    assert all(forward(q, inputs).mean() == pytest.approx(-0.75, abs=0.1) for q in critics)
+
+
+def test_medians_ratios_and_hours():
+    ms = {label: 2.0 for label in LABELS} | {speed.PLAIN: 7.0, speed.JAX: 1.0}
+    ms |= {f"fine-tuning, {name}+OPT, kappa = 1": 4.0 for name in speed.NAMES}
+    rounds = [ms | {speed.TWO: 0.5}, ms | {speed.TWO: 1.0}]
+    out = speed.report(rounds)
+    assert "| offline, TD3 | 2.00 (2.00 to 2.00) | 500 |" in out
+    assert f"| {speed.PLAIN} / offline, TD3 | 3.50 (3.50 to 3.50) |" in out
+    assert f"| offline, TD3 / {speed.JAX} | 2.00 (2.00 to 2.00) |" in out
+    assert f"| {speed.TEN} / {speed.TWO} | 3.00 (2.00 to 4.00) |" in out
+    assert "| fine-tuning, IQL+OPT, kappa = 1 / fine-tuning, IQL | 2.00 (2.00 to 2.00) |" in out
+    hours = dict(re.findall(r"\| (\S+(?:, kappa . 1)?) \| (\d+\.\d) \|", out.split("protocol")[1]))
+    assert hours["TD3"] == f"{(1e6 * 2 + 300e3 * 5 * 2) / 3.6e6:.1f}"
+    assert hours["TD3+OPT, kappa = 1"] == f"{(1e6 * 2 + 50e3 * 2 + 275e3 * 5 * 4) / 3.6e6:.1f}"
+    assert hours["SPOT"] == f"{(100e3 * 2 + 1e6 * 2 + 300e3 * 2) / 3.6e6:.1f}"
+    without = [{label: 2.0 for label in LABELS if label != speed.JAX}]
+    assert "JAX" not in speed.report(without)
+
+
+def test_a_failing_run_and_bad_input(monkeypatch, tmp_path):
+    monkeypatch.setattr(speed, "start", lambda *args: subprocess.Popen([sys.executable, "-c", "raise SystemExit(2)"]))
     with pytest.raises(SystemExit, match="speed.py: the run of TD3 failed"):
-        speed.measure_round(tmp_path)
+        speed.regenerate(tmp_path)
     for arguments, words in {"--rounds 0": "1 or more", "--threads x": "1 or more", "now": "unrecognized"}.items():
         command = ["bash", ROOT / "benchmark.sh", "speed", *arguments.split()]
         result = subprocess.run(command, capture_output=True, text=True)
