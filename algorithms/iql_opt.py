@@ -26,6 +26,7 @@ import copy
 import ctypes
 import dataclasses
 import difflib
+import fcntl
 import hashlib
 import importlib.metadata
 import inspect
@@ -34,17 +35,20 @@ import json
 import math
 import multiprocessing
 import os
+import random
 import re
 import shutil
 import signal
 import socket
 import sys
 import sysconfig
+import threading
 import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_type_hints
 
@@ -112,7 +116,7 @@ class Args:
     resume: bool = False  # go on from the run folder's checkpoint; from the beginning where there is none yet
     save_model: bool = True  # write model.pt at the end
     # logging
-    progress: bool = True  # show progress bars
+    progress: bool = True  # show progress bars; else, and where there is no terminal, a line an evaluation
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "opt"  # W&B project
     wandb_entity: str | None = None  # W&B team or user
@@ -673,25 +677,25 @@ def online_finetune(
 def train(args: Args) -> float:
     """Run all phases; returns the last evaluation's normalised score (mean return where D4RL has no reference)."""
     args = resolve(args)
-    run = Run(args)
-    if run.phase == "done":
-        return run.finish()
-    tune(run)
-    buffer = ReplayBuffer(run.load_data(reward_transform), args.online_steps, run.device)
-    agent = Agent(args, *buffer.widths[:2], run.device)
-    torch.manual_seed(args.seed + 2_000)
-    balanced = BalancedReplay(buffer, args.batch_size, run.device) if args.replay == "balanced" else None
-    collector = Collector(run.env, buffer, args.seed)
-    replay = {"balanced": balanced, "ratio_optimizer": balanced.optimizer} if balanced else {}
-    run.start(Policy(agent.actor), buffer, agent, collector=collector, **replay)
+    with contextlib.closing(Run(args)) as run:
+        if run.phase == "done":
+            return run.finish()
+        tune(run)
+        buffer = ReplayBuffer(run.load_data(reward_transform), args.online_steps, run.device)
+        agent = Agent(args, *buffer.widths[:2], run.device)
+        torch.manual_seed(args.seed + 2_000)
+        balanced = BalancedReplay(buffer, args.batch_size, run.device) if args.replay == "balanced" else None
+        collector = Collector(run.env, buffer, args.seed)
+        replay = {"balanced": balanced, "ratio_optimizer": balanced.optimizer} if balanced else {}
+        run.start(Policy(agent.actor), buffer, agent, collector=collector, **replay)
 
-    offline_pretrain(args, run, agent, buffer)
-    run.save_offline()
-    if args.opt:
-        collect(args, run, collector)
-        online_pretrain(args, run, agent, buffer)
-    online_finetune(args, run, agent, buffer, balanced, collector)
-    return run.finish()
+        offline_pretrain(args, run, agent, buffer)
+        run.save_offline()
+        if args.opt:
+            collect(args, run, collector)
+            online_pretrain(args, run, agent, buffer)
+        online_finetune(args, run, agent, buffer, balanced, collector)
+        return run.finish()
 
 
 ########################################################################################################################
@@ -776,8 +780,12 @@ class Collector:
     def step(self, action: np.ndarray) -> int:
         """Take an action in [-1, 1], store the transition, return its row. Starts the next episode where one ends."""
         next_observation, reward, terminated, truncated, _ = self.env.step(action)
+        self.episode_steps += 1
+        if not (np.isfinite(next_observation).all() and np.isfinite(reward)):
+            where = f"in step {self.episode_steps} of training episode {self.episode + 1}"
+            sys.exit(f"{PROGRAM}: the environment gave NaN or infinity {where}; the last checkpoint, if any, is kept")
         row = self.buffer.add(self.observation, action, reward, next_observation, terminated)
-        self.observation, self.episode_steps = next_observation, self.episode_steps + 1
+        self.observation = next_observation
         if terminated or truncated:
             self.reset()
         return row
@@ -789,8 +797,13 @@ class Collector:
         self.episode = state["episode"] - 1
         self.reset()
         for i in range(self.buffer.added - state["episode_steps"], self.buffer.added):
-            row = self.buffer.rows[self.buffer.n_offline + i % self.buffer.online_capacity]
-            self.observation = self.env.step(row.split(self.buffer.widths)[1].cpu().numpy())[0]
+            row = self.buffer.rows[self.buffer.n_offline + i % self.buffer.online_capacity].cpu().numpy()
+            _, action, _, stored, _ = np.split(row, np.cumsum(self.buffer.widths)[:-1])
+            self.observation = self.env.step(action)[0]
+            if not np.allclose(self.observation, stored, rtol=1e-3, atol=1e-3):
+                what = "the environment does not repeat an episode from its seed and actions"
+                print(f"{PROGRAM}: warning: {what}: other numbers than without the stop", file=sys.stderr)
+                break
         self.episode_steps = state["episode_steps"]
 
 
@@ -935,16 +948,29 @@ def random_chunk(env_id: str, seed: int, steps: int) -> list[np.ndarray]:
     return [column.astype(np.float32 if i < 4 else bool) for i, column in enumerate(columns)]
 
 
+def end_with_parent() -> None:
+    """In a worker: leave Ctrl-C to the parent, and end when that ends, however it does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    watch = threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True)
+    watch.start()
+
+
 def regenerate_random(env_id: str, path: Path, progress: bool = True, seed: int = 0, steps: int = RANDOM_STEPS) -> None:
     """Write a *-random-v2 set by D4RL's recipe; a seed gives the same bytes on any number of cores."""
     sizes = [min(RANDOM_CHUNK, steps - start) for start in range(0, steps, RANDOM_CHUNK)]
     seeds = [int(s) for s in np.random.SeedSequence(seed).generate_state(len(sizes))]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    spawn, ignore = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process
-    with ProcessPoolExecutor(min(cores, len(sizes)), spawn, initializer=signal.signal, initargs=ignore) as pool:
-        chunks = pool.map(random_chunk, [env_id] * len(sizes), seeds, sizes)
-        bar = {"total": len(sizes), "unit": "step", "unit_scale": RANDOM_CHUNK, "disable": not progress}
-        chunks = list(tqdm(chunks, f"regenerating {env_id}", **bar))
+    spawn, bar = (
+        multiprocessing.get_context("spawn"),
+        {"total": len(sizes), "unit": "step", "disable": not progress or None},
+    )
+    try:
+        with ProcessPoolExecutor(min(cores, len(sizes), 8), spawn, initializer=end_with_parent) as pool:
+            chunks = pool.map(random_chunk, [env_id] * len(sizes), seeds, sizes)
+            chunks = list(tqdm(chunks, f"regenerating {env_id}", unit_scale=RANDOM_CHUNK, **bar))
+    except BrokenProcessPool:
+        what = "a process that regenerates it ended: too little memory, or a script that calls train without"
+        raise bad_input(f"no data for {env_id}: {what} if __name__ == '__main__': before it") from None
     with h5py.File(path, "w") as file:
         for key, parts in zip((*Transitions._fields, "timeouts"), zip(*chunks, strict=True), strict=True):
             file[key] = np.concatenate(parts)
@@ -976,7 +1002,7 @@ def read_minari(dataset_id: str | None, env_id: str, progress: bool) -> Transiti
     what = f"the Minari dataset {store / dataset_id}"
     try:
         episodes = minari.load_dataset(dataset_id)
-        bar = {"total": len(episodes), "unit": "episode", "disable": not progress}
+        bar = {"total": len(episodes), "unit": "episode", "disable": not progress or None}
         for episode in tqdm(episodes, f"reading {dataset_id}", **bar):
             observations, actions, rewards = episode.observations, episode.actions, episode.rewards
             terminals, dicts = episode.terminations, isinstance(observations, dict)
@@ -1060,6 +1086,11 @@ def check_dataset(dataset: Transitions, env: gym.Env, args: Args) -> None:
         what = f"the data's ant walks outside the maze of {args.env_id}: give data of this maze"
         origin = "with the origin that Gymnasium-Robotics gives it (D4RL's own files have another)"
         require(np.mean([cell in free for cell in cells]) >= 0.9, f"{what}, {origin}")
+    low, high, actions = env.action_space.low, env.action_space.high, dataset.actions
+    inside = ((low - actions) / (high - low)).max() < 1e-3 and ((actions - high) / (high - low)).max() < 1e-3
+    ranges = f"from {actions.min():g} to {actions.max():g}, {args.env_id}'s from {low.min():g} to {high.max():g}"
+    what = f"the data's actions are {ranges}: write them in the environment's units"
+    require(inside or args.env_id in ADROIT_TASKS, what)  # Adroit's hand clips the actions of its cloned policies
     n, size = len(dataset.rewards), args.batch_size
     require(n >= size, f"--batch-size {size} exceeds the data's {n} transitions: lower it")
 
@@ -1159,6 +1190,8 @@ class Run:
 
     def __init__(self, args: Args):
         """Make the environments and the folder, and read what the run goes on from. Exit 2 where that cannot be."""
+        random.seed(args.seed)  # for environments that draw from the global generators
+        np.random.seed(args.seed)
         self.args, self.folder, self.device = args, Path(args.run_dir).expanduser(), torch.device(args.device)
         self.env, self.evaluation_env = make_env(args.env_id), make_env(args.env_id)
         if args.capture_video:
@@ -1168,16 +1201,11 @@ class Run:
         self.env_steps, self.gradient_steps, self.seconds = 0, 0, 0.0  # of the whole run; seconds with evaluation
         self.score = math.nan  # the newest: normalised, or the mean return where D4RL has no reference
         self.evals, self.speed = [self.EVALS], [self.SPEED]  # what the .csv files hold
-        self.metrics, self.tracker, self.signal, self.old_handlers = {}, None, 0, {}  # signal: which asked to stop
+        self.metrics, self.signal, self.old_handlers = {}, 0, {}  # signal: which asked to stop
+        self.tracker = self.writer = None
         self.products = ""  # which library multiplies matrices, "bf16" or "ieee" (see tune): a resumed run has the same
         checkpoint, self.state = self.folder / "checkpoint.pt", {}
-        try:
-            save(self.folder / ".writable", ".")
-            (self.folder / ".writable").unlink()
-        except OSError as error:
-            what = f"the run folder {self.folder} cannot be written ({error.strerror})"
-            raise bad_input(f"{what}: write another --run-dir") from None
-        free = args.resume or not (checkpoint.exists() or (self.folder / "evals.csv").exists())
+        free = args.resume or not (checkpoint.exists() or (self.folder / "evals.csv").exists())  # its first row
         advice = "write --resume to go on with it, or another --run-dir or --exp-name"
         require(free, f"{self.folder} holds a run already: {advice}")
         if checkpoint.exists():
@@ -1189,6 +1217,15 @@ class Run:
             path = path / "offline.pt" if path.is_dir() else path
             self.state = load(path, "offline.pt", args, OFFLINE_ARGS, advice, "leave out --offline-from")
         vars(self).update({name: self.state[name] for name in (*self.SAVED, "products") if name in self.state})
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.folder / ".lock", "w")  # which ends with the process
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise bad_input(f"another process runs in {self.folder}: wait for it, or write another --run-dir") from None
+        except OSError as error:
+            what = f"the run folder {self.folder} cannot be written ({error.strerror})"
+            raise bad_input(f"{what}: write another --run-dir") from None
 
     def load_data(self, reward_transform: Callable[[str, Transitions], tuple[float, float]]) -> Transitions:
         """The dataset as the agent sees it, rewards scaled and shifted by `reward_transform(env_id, dataset)`, states
@@ -1200,6 +1237,9 @@ class Run:
         if self.args.normalize_states:
             mean = dataset.observations.mean(0, dtype=np.float64).astype(np.float32)
             std = dataset.observations.std(0, dtype=np.float64).astype(np.float32) + np.float32(1e-3)  # TD3+BC, CORL
+            if len(still := np.flatnonzero(std < 1.001e-3)):
+                what = f"observations {still.tolist()} are constant in the data: a change online counts 1,000-fold"
+                print(f"{PROGRAM}: warning: {what} (--no-normalize-states)", file=sys.stderr)
         low, high = self.env.action_space.low, self.env.action_space.high
         self.mean, self.std, self.scaled = mean, std, not ((low == -1).all() and (high == 1).all())
         dataset = dataset._replace(
@@ -1264,15 +1304,23 @@ class Run:
             except Exception as error:  # not installed, not logged in, not reached
                 raise bad_input(f"--track: {one_line(error)}: run wandb login, or set WANDB_MODE=offline") from None
         with contextlib.suppress(ValueError):  # of a thread that is not the main one
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the last is Slurm's --signal
-                self.old_handlers[number] = signal.signal(number, self.on_signal)
+            for number in (
+                signal.SIGINT,
+                signal.SIGTERM,
+                signal.SIGHUP,
+                signal.SIGUSR1,
+            ):  # the last is Slurm's --signal
+                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                    self.old_handlers[number] = signal.signal(number, self.on_signal)
         save(path, json.dumps(args | facts, indent=2))
-        self.append("evals")
-        self.append("speed")
+        for name in ("evals", "speed") if resumed else ():
+            self.append(name)
+        for old in () if resumed else self.folder.glob("events.out.tfevents.*"):  # killed before its first checkpoint
+            old.unlink()
         self.writer = SummaryWriter(str(self.folder), purge_step=self.gradient_steps + 1 if state else None)
 
     def on_signal(self, number: int, frame) -> None:
-        """The first Ctrl-C, SIGTERM or SIGUSR1 asks for a checkpoint and the end, a second one does not wait."""
+        """The first Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 asks for a checkpoint and the end, a second one won't wait."""
         if self.signal:
             raise SystemExit(128 + number)
         self.signal = number
@@ -1289,7 +1337,9 @@ class Run:
                 self.add_evaluation()
         if self.phase != phase or self.step == total:
             return
-        bar = tqdm(total=total, initial=self.step, desc=phase, unit="step", mininterval=0.5, disable=not args.progress)
+        bar = tqdm(
+            total=total, initial=self.step, desc=phase, unit="step", mininterval=0.5, disable=not args.progress or None
+        )
         bar.set_postfix(score=self.score)
         started = time.perf_counter()
         while self.step < total:
@@ -1313,6 +1363,10 @@ class Run:
             if score:
                 self.add_evaluation()
                 bar.set_postfix(score=self.score)
+                if bar.disable:  # asked for, or not a terminal
+                    rate = self.step / max(self.phase_seconds, 1e-9)
+                    left = f"{rate:.0f} steps/s, {(total - self.step) / rate / 60:.0f} min left"
+                    print(f"{phase} {self.step:,}/{total:,}: score {self.score:.1f}, {left}", flush=True)
             if keep:
                 self.save_checkpoint()
             if self.signal and not last:
@@ -1377,7 +1431,7 @@ class Run:
             self.save_state("offline.pt", self.agent.offline_parts, speed=[self.SPEED])
 
     def finish(self) -> float:
-        """Write model.pt and the video, mark the run complete, close its files; returns the last score."""
+        """Write model.pt and the video, mark the run complete; returns the last score."""
         if self.phase == "done":
             print(f"{self.folder} is complete: score {self.score:.1f}")
             return self.score
@@ -1391,12 +1445,18 @@ class Run:
             env.close()
         self.phase, self.step = "done", 0
         self.save_checkpoint()
-        self.writer.close()
+        print(f"{self.folder}: score {self.score:.1f}")
+        return self.score
+
+    def close(self) -> None:
+        """Give back what the run took over, however it ended."""
+        if self.writer:
+            self.writer.close()
         if self.tracker:
             self.tracker.finish()
         for number, handler in self.old_handlers.items():
             signal.signal(number, handler)
-        return self.score
+        self.lock.close()
 
 
 def save(path: Path, content: dict | str) -> None:

@@ -1,7 +1,9 @@
 """Whole runs, as a user starts them: they learn, repeat themselves, survive being killed, leave what they promise."""
 
+import contextlib
 import json
 import os
+import pty
 import re
 import resource
 import signal
@@ -34,7 +36,7 @@ def whole(pendulum_file, home, tmp_path_factory) -> Path:
 
 
 def test_run_folder(whole):
-    names = {path.name for path in whole.iterdir() if "tfevents" not in path.name}
+    names = {path.name for path in whole.iterdir() if "tfevents" not in path.name and path.name != ".lock"}
     assert names == {"args.json", "evals.csv", "speed.csv", "offline.pt", "checkpoint.pt", "model.pt", "snapshots"}
     evals = rows(whole)
     assert list(evals[0]) == list(td3_opt.Run.EVALS)
@@ -160,7 +162,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(whole, run, home,
     assert timeless(tmp_path / "run") == timeless(whole) and same_weights(tmp_path / "run", whole)
 
 
-@pytest.mark.parametrize("number, status", [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 138)])
+@pytest.mark.parametrize("number, status", [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 138), ("SIGHUP", 129)])
 def test_ctrl_c_writes_a_checkpoint_first(whole, run, home, pendulum_file, tmp_path, number, status):
     arguments = (*SHORT, "--dataset", pendulum_file, "--run-dir", tmp_path / "run")
     result = run_killed_at("td3_opt", "online_finetune", 21, number, home, *arguments)
@@ -460,13 +462,44 @@ def test_video(run, pendulum_file, tmp_path):
         assert not (tmp_path / "run" / "evals.csv").exists()
 
 
-def test_progress_bars_show_every_phase_and_the_score(run, pendulum_file, tmp_path):
+def test_progress_bars_show_every_phase_and_the_score(home, pendulum_file, tmp_path):
+    """On a terminal."""
     arguments = [argument for argument in SHORT if argument != "--no-progress"]
-    result = run(*arguments, "--dataset", pendulum_file, "--run-dir", tmp_path / "run")
-    assert result.returncode == 0
+    arguments += ["--dataset", pendulum_file, "--run-dir", tmp_path / "run"]
+    command = [sys.executable, ROOT / "algorithms" / "td3_opt.py", *map(str, arguments)]
+    terminal, end = pty.openpty()
+    process = subprocess.Popen(command, stderr=end, env=os.environ | {"HOME": str(home), "OMP_NUM_THREADS": "1"})
+    os.close(end)
+    shown = b""
+    with contextlib.suppress(OSError):  # the terminal's end
+        while more := os.read(terminal, 1 << 16):
+            shown += more
+    assert process.wait() == 0
     for phase in ("offline", "collect", "online_pretrain", "online_finetune"):
-        assert f"{phase}: 100%" in result.stderr
-    assert "score=" in result.stderr
+        assert f"{phase}: 100%" in shown.decode()
+    assert "score=" in shown.decode()
+
+
+@pytest.mark.parametrize("flags", [(), ("--no-progress",)], ids=str)
+def test_without_a_terminal_there_is_a_line_an_evaluation_and_one_at_the_end(run, pendulum_file, tmp_path, flags):
+    arguments = [argument for argument in SHORT if argument != "--no-progress"]
+    result = run(*arguments, *flags, "--dataset", pendulum_file, "--run-dir", tmp_path / "run")
+    assert result.returncode == 0 and "100%" not in result.stderr
+    scores = [float(row["return_mean"]) for row in rows(tmp_path / "run")]  # the task has no reference
+    lines = result.stdout.splitlines()
+    found = [re.fullmatch(r"(\w+) (\d+)/(\d+): score (\S+), \d+ steps/s, \d+ min left", line) for line in lines[:-1]]
+    steps = [(match[1], int(match[2]), int(match[3])) for match in found]
+    assert steps == [
+        ("offline", 25, 60),
+        ("offline", 50, 60),
+        ("offline", 60, 60),
+        ("online_pretrain", 50, 50),
+        ("online_finetune", 10, 50),
+        ("online_finetune", 35, 50),
+        ("online_finetune", 50, 50),
+    ]
+    assert [match[4] for match in found] == [f"{score:.1f}" for score in scores[1:]]
+    assert lines[-1] == f"{tmp_path / 'run'}: score {scores[-1]:.1f}"
 
 
 def test_help_shows_every_flag_with_its_default_in_the_group_it_belongs_to(run):

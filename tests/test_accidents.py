@@ -1,0 +1,207 @@
+"""What goes wrong outside of the script: odd environments and data, processes that end or meet, callers' settings."""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import td3_opt
+import torch
+from conftest import ROOT, write_file
+from gymnasium.envs.mujoco.inverted_pendulum_v5 import InvertedPendulumEnv
+from runs import rows, run_killed_at, run_script, timeless
+from td3_opt import Args
+from torch.utils.tensorboard import SummaryWriter
+
+TINY = dict(env_id="InvertedPendulum-v5", offline_steps=6, online_steps=60, n_tau=20, n_pretrain=3, utd=1)
+TINY |= dict(batch_size=16, eval_episodes=1, progress=False, device="cpu", eval_freq=20)
+FLAGS = [text for key, value in TINY.items() if key != "progress" for text in (f"--{key.replace('_', '-')}", value)]
+
+
+class OddPendulum(InvertedPendulumEnv):
+    """Gives `wrong` once, in step 15 of a training episode."""
+
+    wrong, steps = None, 0
+
+    def reset(self, *, seed=None, options=None):
+        type(self).training = seed is not None and seed < 1_000_000
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action):
+        observation, reward, _, truncated, info = super().step(action)
+        self.steps += 1
+        if self.wrong == "reward" and self.steps == 75:
+            reward = np.nan
+        if self.wrong == "observation" and self.steps == 75:
+            observation = observation + np.inf
+        return observation, reward, False, truncated, info
+
+
+class Unseeded(InvertedPendulumEnv):
+    """Its start does not come from the generator that reset(seed) seeds."""
+
+    def reset_model(self):
+        self.set_state(self.init_qpos + np.random.default_rng().uniform(-0.3, 0.3, 2), self.init_qvel)
+        return self._get_obs()
+
+
+gym.register("OddPendulum-v0", OddPendulum, max_episode_steps=50)
+gym.register("Unseeded-v0", Unseeded, max_episode_steps=50)
+
+
+@pytest.mark.parametrize("wrong", ["reward", "observation"])
+def test_nan_from_the_environment_ends_the_run_before_it_is_stored(wrong, pendulum_file, tmp_path, monkeypatch, capsys):
+    """Step 75 of all that an environment makes: the training one's 75th, step 25 of its second episode."""
+    monkeypatch.setattr(OddPendulum, "wrong", wrong)
+    arguments = TINY | dict(env_id="OddPendulum-v0", online_steps=100, eval_freq=0, eval_episodes=1)
+    arguments |= dict(dataset=str(pendulum_file), run_dir=str(tmp_path / "run"), checkpoint_freq=10)
+    with pytest.raises(SystemExit) as error:
+        td3_opt.train(Args(**arguments))
+    assert "the environment gave NaN or infinity in step 25 of training episode 2" in error.value.code
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert saved["env_steps"] == 70 and saved["parts"]["buffer"]["online_rows"].isfinite().all()
+    monkeypatch.setattr(OddPendulum, "wrong", None)
+    assert np.isfinite(td3_opt.train(Args(**arguments, resume=True)))
+
+
+@pytest.mark.parametrize("factor, fine", [(1, True), (1.2, False), (30, False)])
+def test_actions_of_other_units_are_refused(factor, fine, pendulum_columns, tmp_path, capsys):
+    """The pendulum's actions reach from -3 to 3, which are fine."""
+    actions = pendulum_columns["actions"].copy()
+    actions[:2] = [[-3], [3]]
+    path = write_file(tmp_path / "units.hdf5", pendulum_columns | {"actions": factor * actions})
+    arguments = TINY | dict(dataset=str(path), run_dir=str(tmp_path / "run"))
+    if fine:
+        td3_opt.train(Args(**arguments))
+        return
+    with pytest.raises(SystemExit):
+        td3_opt.train(Args(**arguments))
+    ranges = f"the data's actions are from {-3 * factor:g} to {3 * factor:g}, InvertedPendulum-v5's from -3 to 3"
+    assert ranges in capsys.readouterr().err
+
+
+def test_observations_that_are_constant_in_the_data_are_named(pendulum_columns, pendulum_file, tmp_path, capsys):
+    columns = {key: column.copy() for key, column in pendulum_columns.items()}
+    columns["observations"][:, 2] = 0.25
+    path = write_file(tmp_path / "constant.hdf5", columns)
+    for flags, said in (({}, True), ({"normalize_states": False}, False), ({"dataset": str(pendulum_file)}, False)):
+        folder = tmp_path / f"run{said}{len(flags)}{len(str(flags))}"
+        td3_opt.train(Args(**(TINY | dict(dataset=str(path), run_dir=str(folder)) | flags)))
+        assert ("observations [2] are constant in the data" in capsys.readouterr().err) == said
+
+
+def test_a_folder_in_use_is_refused(home, pendulum_file, tmp_path):
+    arguments = (*FLAGS, "--dataset", pendulum_file, "--run-dir", tmp_path / "run", "--checkpoint-freq", 2)
+    assert run_killed_at("td3_opt", "offline", 4, "SIGKILL", home, *arguments).returncode == -signal.SIGKILL
+    with open(tmp_path / "run" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = run_script("td3_opt", home, *arguments, "--resume")
+        assert result.returncode == 2 and result.stderr.count("\n") == 1
+        assert f"another process runs in {tmp_path / 'run'}: wait for it" in result.stderr
+    assert run_script("td3_opt", home, *arguments, "--resume").returncode == 0
+
+
+def test_an_environment_that_does_not_repeat_itself_is_named_on_resuming(pendulum_file, tmp_path, monkeypatch, capsys):
+    step = td3_opt.Collector.step
+
+    def stopped(self, action):
+        if self.buffer.added == 45:
+            raise KeyboardInterrupt
+        return step(self, action)
+
+    for env_id, said in (("Unseeded-v0", True), ("OddPendulum-v0", False)):
+        arguments = TINY | dict(env_id=env_id, dataset=str(pendulum_file), run_dir=str(tmp_path / env_id))
+        arguments |= dict(checkpoint_freq=10)
+        monkeypatch.setattr(td3_opt.Collector, "step", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            td3_opt.train(Args(**arguments))
+        monkeypatch.setattr(td3_opt.Collector, "step", step)
+        capsys.readouterr()
+        td3_opt.train(Args(**arguments, resume=True))
+        assert ("does not repeat an episode" in capsys.readouterr().err) == said
+
+
+def test_global_generators_are_seeded(pendulum_file, tmp_path):
+    drawn = []
+    for name in ("a", "b"):
+        td3_opt.train(Args(**TINY, dataset=str(pendulum_file), run_dir=str(tmp_path / name)))
+        drawn.append((np.random.uniform(), __import__("random").random()))
+    assert drawn[0] == drawn[1]
+
+
+def test_a_run_that_fails_gives_back_signals_folder_and_log(pendulum_file, tmp_path, monkeypatch):
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)]
+    closed, evaluate = [], td3_opt.evaluate
+    close = SummaryWriter.close
+    monkeypatch.setattr(SummaryWriter, "close", lambda writer: (closed.append(1), close(writer)))
+    arguments = TINY | dict(dataset=str(pendulum_file), run_dir=str(tmp_path / "run"))
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("in the first evaluation")
+
+    monkeypatch.setattr(td3_opt, "evaluate", fail)
+    with pytest.raises(RuntimeError, match="first evaluation"):
+        td3_opt.train(Args(**arguments))
+    now = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)]
+    assert now == handlers and closed
+    monkeypatch.setattr(td3_opt, "evaluate", evaluate)
+    td3_opt.train(Args(**arguments))  # nothing was there yet that would have to be gone on with
+    assert len(list((tmp_path / "run").glob("events.out.tfevents.*"))) == 1
+
+
+def test_a_run_killed_before_its_first_checkpoint_logs_once(home, pendulum_file, tmp_path):
+    arguments = (*FLAGS, "--dataset", pendulum_file, "--run-dir", tmp_path / "run")
+    assert run_killed_at("td3_opt", "offline", 4, "SIGKILL", home, *arguments).returncode == -signal.SIGKILL
+    assert len(list((tmp_path / "run").glob("events.out.tfevents.*"))) == 1
+    assert run_script("td3_opt", home, *arguments, "--resume").returncode == 0
+    assert len(list((tmp_path / "run").glob("events.out.tfevents.*"))) == 1
+
+
+def test_nohup_is_respected(home, pendulum_file, tmp_path):
+    arguments = (*FLAGS, "--dataset", pendulum_file)
+    assert run_script("td3_opt", home, *arguments, "--run-dir", tmp_path / "whole").returncode == 0
+    before = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)"
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); {before}; import runs; exec(runs.KILLED.format("
+    code += f"folder={str(ROOT / 'algorithms')!r}, script='td3_opt', phase='offline', step=3, signal='SIGHUP'))"
+    result = run_script("td3_opt", home, *arguments, "--run-dir", tmp_path / "run", code=code)
+    assert result.returncode == 0 and timeless(tmp_path / "run") == timeless(tmp_path / "whole")
+    assert rows(tmp_path / "run")[-1]["phase"] == "online_finetune"
+
+
+def children(pid: int) -> list[int]:
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
+    return [int(child) for child in found.split()]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=str)
+def test_processes_that_regenerate_data_end_with_their_parent(number, home, tmp_path):
+    command = [sys.executable, ROOT / "algorithms" / "td3_opt.py", "--env-id", "hopper-random-v2", "--run-dir"]
+    environment = os.environ | {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    process = subprocess.Popen([*command, tmp_path / "run"], env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(workers := children(process.pid)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.5)
+    time.sleep(5)
+    workers = children(process.pid)
+    process.send_signal(number)
+    process.wait(timeout=60)
+    while any(os.path.exists(f"/proc/{pid}") for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert len(workers) >= 2 and not any(os.path.exists(f"/proc/{pid}") for pid in workers)
+
+
+def test_a_script_without_a_main_guard_is_told_so(home, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT / 'algorithms')!r}); import td3_opt\n"
+        "td3_opt.train(td3_opt.Args(env_id='hopper-random-v2', run_dir='run'))\n"
+    )
+    environment = os.environ | {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    command = [sys.executable, "mine.py"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 2
+    assert "if __name__ == '__main__'" in result.stderr.splitlines()[-1]
