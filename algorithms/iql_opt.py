@@ -37,11 +37,9 @@ import multiprocessing
 import os
 import random
 import re
-import shutil
 import signal
 import socket
 import sys
-import sysconfig
 import threading
 import time
 import warnings
@@ -76,7 +74,9 @@ class Args:
     dataset: str | None = None  # a D4RL-style .hdf5 file or a Minari id; None: D4RL's own data for the task
     seed: int = 0  # of networks, sampling and environments
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to train; auto takes CUDA where there is one
-    compile: bool | None = None  # compile the gradient step; None: from 100,000 of them on, where there is g++
+    compile: bool | None = (
+        None  # compile the gradient step; None: in runs of 100,000 of them and more, if that works here
+    )
     # phases
     opt: bool = True  # --no-opt: the vanilla backbone, offline then online: no Q_on, and no use for the flags of OPT
     offline_steps: int = 1_000_000  # gradient steps of offline pre-training
@@ -1155,13 +1155,11 @@ def parse_args() -> Args:
 
 
 def resolve(args: Args) -> Args:
-    """Replace every None by the value for the task, and refuse what cannot work (exit 2)."""
+    """Replace every None but compile's by the value for the task, and refuse what cannot work (exit 2)."""
     args, antmaze = copy.copy(args), args.env_id in ANTMAZE_TASKS
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    compiler = shutil.which("g++") and (Path(sysconfig.get_path("include")) / "Python.h").exists()
     values = {"eval_freq": 50_000 if antmaze else 5_000, "eval_episodes": 100 if antmaze else 10} | paper_values(args)
-    values["compile"] = bool(compiler) and args.offline_steps + args.utd * args.online_steps >= 100_000
     values["run_dir"] = f"runs/{args.env_id.replace('/', '-')}__{args.exp_name or values['exp_name']}__{args.seed}"
     for name, value in values.items():
         if getattr(args, name) is None:
@@ -1172,9 +1170,22 @@ def resolve(args: Args) -> Args:
             require(holds(value), f"--{name.replace('_', '-')} is {value}: write {allowed}")
     cuda = args.device == "cpu" or torch.cuda.is_available()
     require(cuda, "--device cuda, but torch finds no CUDA device: write --device cpu, or install a CUDA build")
-    require(compiler or not args.compile, "--compile needs g++ and Python.h: install them, or write --no-compile")
     check(args)
     return args
+
+
+def choose_compile(args: Args) -> bool:
+    """Whether to compile: what is asked for, else in long runs. Exit 2 where that is asked for and fails."""
+    if args.compile is None and args.offline_steps * (not args.offline_from) + args.utd * args.online_steps < 100_000:
+        return False
+    try:
+        if args.compile is not False:
+            torch.compile(torch.sin, options={"compile_threads": 1})(torch.ones(9, device=args.device))
+    except Exception as error:  # no compiler, a broken one, no Python.h
+        require(not args.compile, f"--compile fails here ({one_line(error)}): mend that, or write --no-compile")
+        print(f"{PROGRAM}: torch.compile fails here ({one_line(error)}): slower, without it", file=sys.stderr)
+        return False
+    return args.compile is not False
 
 
 class Run:
@@ -1185,7 +1196,7 @@ class Run:
     SPEED = ["phase", "gradient_steps", "env_steps", "seconds", "gradient_steps_per_second"]
     SAVED = ("phase", "step", "phase_seconds", "env_steps", "gradient_steps", "seconds", "score", "evals", "speed")
     FREE = ("resume", "run_dir", "offline_from", "checkpoint_freq", "save_model", "snapshots", "capture_video", "track")
-    FREE += ("wandb_project_name", "wandb_entity", "progress", "dataset")  # may change on resuming; data is compared
+    FREE += ("wandb_project_name", "wandb_entity", "progress", "dataset", "compile")  # may change on resuming
     LOG_FREQ = 1_000  # gradient steps between two points of a TensorBoard curve
 
     def __init__(self, args: Args):
@@ -1217,6 +1228,9 @@ class Run:
             path = path / "offline.pt" if path.is_dir() else path
             self.state = load(path, "offline.pt", args, OFFLINE_ARGS, advice, "leave out --offline-from")
         vars(self).update({name: self.state[name] for name in (*self.SAVED, "products") if name in self.state})
+        if checkpoint.exists() and args.compile is None:  # go on as it began
+            args.compile = self.state["args"].get("compile", False)
+        args.compile = choose_compile(args)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.folder / ".lock", "w")  # which ends with the process
@@ -1496,6 +1510,7 @@ def tune(run: Run) -> None:
     """Settings for the speed of small networks; results stay in float32."""
     if run.device.type == "cuda":
         torch.set_num_threads(1)  # on the CPU it acts, one observation at a time
+        run.products = ""
         return
     torch.set_flush_denormal(True)  # Adam's moments of dead units decay into denormals, which are slow
     with contextlib.suppress(OSError):  # glibc maps a 256 KB activation anew at every operation: keep freed memory
@@ -1505,13 +1520,15 @@ def tune(run: Run) -> None:
     # "ieee" leaves matrix products to MKL, "bf16" hands them to oneDNN, which computes in float32 too, but for AMX.
     settings, seconds = torch.backends.mkldnn.matmul, {}
     a, b = torch.rand(2, 256, 256, generator=torch.Generator().manual_seed(0))
-    for setting in ("bf16", "ieee") * 4 if not run.products else ():
+    for setting, handicap in (("bf16", 1.0), ("ieee", 1.2)) * 4:  # so that chance does not choose between equals
         settings.fp32_precision, started = setting, time.perf_counter()
         for _ in range(10):
-            product = a @ b, a @ b.mT
+            product = a @ b, a.mT @ b
+        taken = handicap * (time.perf_counter() - started)
         if (product[0] - (a.double() @ b.double())).abs().max() < 1e-3:
-            seconds[setting] = min(seconds.get(setting, math.inf), time.perf_counter() - started)
-    run.products = settings.fp32_precision = run.products or min(seconds, key=seconds.get)
+            seconds[setting] = min(seconds.get(setting, math.inf), taken)
+    run.products = run.products if run.products in seconds else min(seconds, key=seconds.get)
+    settings.fp32_precision = run.products
 
 
 def accelerate(compiled: bool) -> Callable[[Callable[..., dict]], Callable[..., dict]]:
@@ -1531,7 +1548,12 @@ def accelerate(compiled: bool) -> Callable[[Callable[..., dict]], Callable[..., 
 
         def step(*flags: bool) -> dict:
             if eager_steps.get(flags, 0) < 3:  # a few before a capture; on no side stream: they leave no graph alive
-                metrics = detached(*flags)
+                stops = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
+                mask = signal.pthread_sigmask(signal.SIG_BLOCK, stops if compiled and flags not in eager_steps else ())
+                try:  # the first of a kind starts a compiler, which Ctrl-C must not end
+                    metrics = detached(*flags)
+                finally:
+                    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
                 eager_steps[flags] = eager_steps.get(flags, 0) + next(iter(metrics.values())).is_cuda
                 return metrics
             if flags not in graphs:
