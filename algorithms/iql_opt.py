@@ -74,9 +74,7 @@ class Args:
     dataset: str | None = None  # a D4RL-style .hdf5 file or a Minari id; None: D4RL's own data for the task
     seed: int = 0  # of networks, sampling and environments
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to train; auto takes CUDA where there is one
-    compile: bool | None = (
-        None  # compile the gradient step; None: in runs of 100,000 of them and more, if that works here
-    )
+    compile: bool | None = None  # compile the gradient step; None: in runs of 100,000 and more, if that works here
     # phases
     opt: bool = True  # --no-opt: the vanilla backbone, offline then online: no Q_on, and no use for the flags of OPT
     offline_steps: int = 1_000_000  # gradient steps of offline pre-training
