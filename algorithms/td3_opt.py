@@ -1004,6 +1004,9 @@ def evaluate(policy: Policy, env: gym.Env, env_id: str, episodes: int, seed: int
         observation, _ = env.reset(seed=seed + 1_000_000 + episode)
         total, length, done, success = 0.0, 0, False, False
         while not done:
+            if length == 100_000:
+                what = "an evaluation episode has not ended in 100,000 steps: register it with max_episode_steps"
+                print(f"{PROGRAM}: warning: {what}", file=sys.stderr)
             observation, reward, terminated, truncated, info = env.step(policy(observation))
             total, length, done = total + float(reward), length + 1, terminated or truncated
             success |= bool(info.get("success", info.get("is_success", False)))  # at any step of the episode
@@ -1205,13 +1208,14 @@ class Run:
         blob = hashlib.sha1(b"blob %d\0" % len(text) + text).hexdigest()  # git's name of this text
         facts = {"versions": versions, "script": PROGRAM, "script_blob": blob, "threads": torch.get_num_threads()}
         facts["products"] = {"bf16": "oneDNN", "ieee": "MKL"}.get(self.products, "cuBLAS")
+        facts["data"] = {"size": self.data["size"], "crc32": self.data["crc32"]}
         facts["device_name"] = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
         facts["wandb_id"] = os.urandom(4).hex()
         if resumed and path.exists():  # W&B goes on with the run it had
             facts["wandb_id"] = json.loads(path.read_text())["wandb_id"]
         if self.args.track:
             names = {"project": args["wandb_project_name"], "entity": args["wandb_entity"], "name": self.folder.name}
-            names |= {"id": facts["wandb_id"], "dir": str(self.folder)}
+            names["id"] = facts["wandb_id"]  # its files go to ./wandb: in the run's folder it would read its own links
             try:
                 import wandb
 
@@ -1239,6 +1243,7 @@ class Run:
         if self.signal:
             raise SystemExit(128 + number)
         self.signal = number
+        os.write(2, b"\nstopping after this step or evaluation, with a checkpoint; once more: at once, without\n")
 
     def loop(self, phase: str, total: int, env: int = 0, gradient: int = 0, scores: str = "often") -> Iterator[int]:
         """Yield what is left of a phase's `total` steps, each of `env` environment and `gradient` gradient steps.

@@ -205,3 +205,26 @@ def test_a_script_without_a_main_guard_is_told_so(home, tmp_path):
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
     assert result.returncode == 2
     assert "if __name__ == '__main__'" in result.stderr.splitlines()[-1]
+
+
+class Endless:
+    """An environment without a time limit, for one evaluation."""
+
+    steps = 0
+
+    def reset(self, **_):
+        return np.zeros(4, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        return np.zeros(4, np.float32), 0.0, False, self.steps == self.last, {}
+
+
+@pytest.mark.parametrize("last, said", [(99_999, False), (100_001, True)])
+def test_an_episode_that_does_not_end_is_named(last, said, capsys):
+    env = Endless()
+    env.last = last
+    policy = type("Still", (), {"refresh": lambda self: None, "__call__": lambda self, observation: observation})()
+    assert td3_opt.evaluate(policy, env, "Endless-v0", 1, 0)["length_mean"] == last
+    message = "warning: an evaluation episode has not ended in 100,000 steps: register it with max_episode_steps"
+    assert (message in capsys.readouterr().err) == said

@@ -7,6 +7,7 @@ import pty
 import re
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ import torch
 from conftest import ROOT, roll_out, write_file
 from runs import equal, rows, run_killed_at, run_script, same_weights, timeless, watch_phases
 from td3_opt import Args
+from wandb.proto import wandb_internal_pb2
 
 SHORT = "--env-id InvertedPendulum-v5 --offline-steps 60 --online-steps 90 --n-tau 40 --n-pretrain 50".split()
 SHORT += "--utd 2 --batch-size 16 --eval-freq 25 --eval-episodes 2 --no-progress".split()
@@ -38,6 +40,9 @@ def whole(pendulum_file, home, tmp_path_factory) -> Path:
 def test_run_folder(whole):
     names = {path.name for path in whole.iterdir() if "tfevents" not in path.name and path.name != ".lock"}
     assert names == {"args.json", "evals.csv", "speed.csv", "offline.pt", "checkpoint.pt", "model.pt", "snapshots"}
+    args = json.loads((whole / "args.json").read_text())
+    checkpoint = torch.load(whole / "checkpoint.pt", weights_only=True)
+    assert args["data"] == {"size": 5_000, "crc32": checkpoint["data"]["crc32"]}
     evals = rows(whole)
     assert list(evals[0]) == list(td3_opt.Run.EVALS)
     steps = [(row["phase"], int(row["env_steps"]), int(row["gradient_steps"])) for row in evals]
@@ -167,6 +172,7 @@ def test_ctrl_c_writes_a_checkpoint_first(whole, run, home, pendulum_file, tmp_p
     arguments = (*SHORT, "--dataset", pendulum_file, "--run-dir", tmp_path / "run")
     result = run_killed_at("td3_opt", "online_finetune", 21, number, home, *arguments)
     assert result.returncode == status and "Traceback" not in result.stderr and "--resume" in result.stderr
+    assert "stopping after this step or evaluation" in result.stderr
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert (saved["phase"], saved["step"]) == ("online_finetune", 22)
     assert run(*arguments, "--resume").returncode == 0
@@ -427,10 +433,44 @@ def test_a_loss_that_is_not_finite_ends_the_run(pendulum_columns, run, tmp_path)
     assert "_loss is" in result.stderr and "phase offline" in result.stderr and "checkpoint" in result.stderr
 
 
-def test_wandb_offline(run, pendulum_file, tmp_path):
-    result = run(*SHORT, "--dataset", pendulum_file, "--run-dir", tmp_path / "run", "--track", WANDB_MODE="offline")
+def wandb_records(data: bytes) -> list[bytes]:
+    """W&B's file is LevelDB's log: blocks of 32 KiB, with chunks of checksum, length, kind (4: last)."""
+    found, position, part = [], 7, b""
+    while position + 7 <= len(data):
+        left = 32_768 - position % 32_768
+        if left < 7:
+            position += left
+            continue
+        size, kind = struct.unpack("<HB", data[position + 4 : position + 7])
+        chunk = data[position + 7 : position + 7 + size]
+        position += 7 + size
+        part = chunk if kind in (1, 2) else part + chunk
+        if kind in (1, 4):
+            found.append(part)
+    return found
+
+
+def test_wandb_gets_each_point_once_after_a_resume_too(run, home, pendulum_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    arguments = (*SHORT, "--dataset", pendulum_file, "--run-dir", tmp_path / "runs" / "run", "--track")
+    arguments += ("--checkpoint-freq", 10)
+    assert run_killed_at("td3_opt", "online_finetune", 20, "SIGTERM", home, *arguments).returncode == 143
+    result = run(*arguments, "--resume")
     assert result.returncode == 0, result.stderr
-    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+    assert not [path for path in (tmp_path / "runs").rglob("*") if path.is_symlink() or path.name == "wandb"]
+    points, files = [], sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(files) == 2 and len({path.name for path in files}) == 1  # one run, in two parts
+    for path in files:
+        for data in wandb_records(path.read_bytes()):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            keys = {(item.key or "/".join(item.nested_key)): item.value_json for item in record.history.item}
+            if "eval/return_mean" in keys:
+                points.append((int(keys["global_step"]), float(keys["eval/return_mean"])))
+    evals = [(int(r["gradient_steps"]), float(r["return_mean"])) for r in rows(tmp_path / "runs" / "run")]
+    assert [step for step, _ in points] == [step for step, _ in evals]
+    assert [value for _, value in points] == pytest.approx([value for _, value in evals], abs=1e-3)
 
 
 def test_wandb_without_a_login_leaves_no_run_behind(run, pendulum_file, tmp_path):
