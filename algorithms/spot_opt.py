@@ -1272,9 +1272,6 @@ class Run:
         if self.args.normalize_states:
             mean = dataset.observations.mean(0, dtype=np.float64).astype(np.float32)
             std = dataset.observations.std(0, dtype=np.float64).astype(np.float32) + np.float32(1e-3)  # TD3+BC, CORL
-            if len(still := np.flatnonzero(std < 1.001e-3)):
-                what = f"observations {still.tolist()} are constant in the data: a change online counts 1,000-fold"
-                print(f"{PROGRAM}: warning: {what} (--no-normalize-states)", file=sys.stderr)
         low, high = self.env.action_space.low, self.env.action_space.high
         self.mean, self.std, self.scaled = mean, std, not ((low == -1).all() and (high == 1).all())
         dataset = dataset._replace(
@@ -1291,6 +1288,9 @@ class Run:
         same = not self.state or self.state["data"].get("crc32") == crc
         what = f"{self.state.get('kind')} was made with other data for {self.args.env_id}"
         require(same, f"{what}: give it the same --dataset")
+        if self.args.normalize_states and (still := np.flatnonzero(std < 1.001e-3)).size:
+            what = f"observations {still.tolist()} are constant in the data: a change online counts 1,000-fold"
+            print(f"{PROGRAM}: warning: {what} (--no-normalize-states)", file=sys.stderr)
         return dataset
 
     def seen(self, env: gym.Env) -> gym.Env:

@@ -1,6 +1,7 @@
 """Whole runs, as a user starts them: they learn, repeat themselves, survive being killed, leave what they promise."""
 
 import contextlib
+import fcntl
 import json
 import os
 import pty
@@ -10,6 +11,7 @@ import signal
 import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -508,6 +510,7 @@ def test_progress_bars_show_every_phase_and_the_score(home, pendulum_file, tmp_p
     arguments += ["--dataset", pendulum_file, "--run-dir", tmp_path / "run"]
     command = [sys.executable, ROOT / "algorithms" / "td3_opt.py", *map(str, arguments)]
     terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     process = subprocess.Popen(command, stderr=end, env=os.environ | {"HOME": str(home), "OMP_NUM_THREADS": "1"})
     os.close(end)
     shown = b""

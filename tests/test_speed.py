@@ -54,8 +54,9 @@ def test_jax_and_plain_pytorch_learn_what_td3_bc_learns(small, monkeypatch):
     data[2][:], data[4][:] = -np.square(data[1] - 0.5).sum(1), 1
     states, ends = data[0][:100], np.ones((100, 3), np.float32)
     monkeypatch.setattr(speed, "mlp", lambda *sizes: networks.append(mlp(*sizes)) or networks[-1])
+    torch.manual_seed(0)
     step = speed.plain_step([torch.from_numpy(column.reshape(len(column), -1)) for column in data])
-    for i in range(1_000):
+    for i in range(2_000):
         step(i)
     actor, first, _ = networks
     actions = torch.tanh(actor(torch.from_numpy(states)))
@@ -63,7 +64,7 @@ def test_jax_and_plain_pytorch_learn_what_td3_bc_learns(small, monkeypatch):
     values = first(torch.cat([torch.from_numpy(states), torch.from_numpy(ends)], 1))
     assert values.mean().item() == pytest.approx(-0.75, abs=0.1)
 
-    take = speed.jax_steps(data, 1_000)
+    take = speed.jax_steps(data, 2_000)
     jax_actor, critics = take()[:2]
 
     def forward(layers, x):
