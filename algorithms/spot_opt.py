@@ -1222,6 +1222,8 @@ class Run:
 
     def __init__(self, args: Args):
         """Make the environments and the folder, and read what the run goes on from. Exit 2 where that cannot be."""
+        if getattr(multiprocessing.current_process(), "_inheriting", False):
+            sys.exit(1)  # in a worker that imports a script without main guard: the first process says so
         random.seed(args.seed)  # for environments that draw from the global generators
         np.random.seed(args.seed)
         self.args, self.folder, self.device = args, Path(args.run_dir).expanduser(), torch.device(args.device)
