@@ -1133,6 +1133,7 @@ def evaluate(policy: Policy, env: gym.Env, env_id: str, episodes: int, seed: int
 # The run: arguments, folder, logs, checkpoints ========================================================================
 
 PROGRAM = Path(__file__).name
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # ask for a checkpoint; the last is Slurm's
 
 
 def one_line(error: BaseException) -> str:
@@ -1335,12 +1336,7 @@ class Run:
             except Exception as error:  # not installed, not logged in, not reached
                 raise bad_input(f"--track: {one_line(error)}: run wandb login, or set WANDB_MODE=offline") from None
         with contextlib.suppress(ValueError):  # of a thread that is not the main one
-            for number in (
-                signal.SIGINT,
-                signal.SIGTERM,
-                signal.SIGHUP,
-                signal.SIGUSR1,
-            ):  # the last is Slurm's --signal
+            for number in STOPS:
                 if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
                     self.old_handlers[number] = signal.signal(number, self.on_signal)
         save(path, json.dumps(args | facts, indent=2))
@@ -1566,8 +1562,7 @@ def accelerate(compiled: bool) -> Callable[[Callable[..., dict]], Callable[..., 
 
         def step(*flags: bool) -> dict:
             if eager_steps.get(flags, 0) < 3:  # a few before a capture; on no side stream: they leave no graph alive
-                stops = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
-                mask = signal.pthread_sigmask(signal.SIG_BLOCK, stops if compiled and flags not in eager_steps else ())
+                mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS if compiled and flags not in eager_steps else ())
                 try:  # the first of a kind starts a compiler, which Ctrl-C must not end
                     metrics = detached(*flags)
                 finally:

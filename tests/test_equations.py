@@ -333,3 +333,24 @@ def test_minimize_moves_only_its_own_parameters():
         torch.testing.assert_close(
             (old[name] - parameter.detach())[moved], 3e-4 * parameter.grad.sign()[moved], rtol=0.02, atol=0
         )
+
+
+@pytest.mark.parametrize("rate", [1e-3, torch.tensor(1e-3), torch.tensor(0.0)], ids=str)
+def test_the_formula_of_adam_that_is_compiled_is_pytorchs_adam(rate, monkeypatch):
+    """In float64, gradients from 1 to below Adam's eps, and none at all; IQL's rate is a tensor, and 0 at times."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    scales = torch.tensor([1.0, 1e-4, 1e-8, 1e-11, 0.0], dtype=torch.float64)
+    ours, theirs = (torch.nn.Linear(5, 1, bias=False, dtype=torch.float64) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    before = ours.weight.detach().clone()
+    optimizer = td3_opt.make_adam(ours, 1.0)
+    optimizer.param_groups[0]["lr"] = rate
+    plain = torch.optim.Adam(theirs.parameters(), float(rate), foreach=False, fused=False)
+    torch.manual_seed(0)
+    for _ in range(60):
+        gradient = torch.randn(1, 5, dtype=torch.float64) * scales
+        td3_opt.adam_step(optimizer, [gradient])
+        theirs.weight.grad = gradient
+        plain.step()
+    assert ours.weight.isfinite().all() and (ours.weight.detach() == before).all() == (float(rate) == 0)
+    torch.testing.assert_close(ours.weight, theirs.weight, rtol=0, atol=1e-9)
