@@ -77,16 +77,16 @@ class Args:
     compile: bool | None = None  # compile the gradient step; None: in runs of 100,000 and more, if that works here
     # phases
     opt: bool = True  # --no-opt: the vanilla backbone, offline then online: no Q_on, and no use for the flags of OPT
-    vae_steps: int = 100_000  # gradient steps of the VAE, before offline pre-training
+    vae_steps: int | None = None  # gradient steps of the VAE before; None: 100,000, but offline_steps where fewer
     offline_steps: int = 1_000_000  # gradient steps of offline pre-training
     online_steps: int = 300_000  # environment steps of the online phase, the first n_tau included
     n_tau: int = 25_000  # environment steps collected with the offline policy before online pre-training (Section 4.1)
     n_pretrain: int = 50_000  # gradient steps of online pre-training (Section 4.1)
     utd: int = 1  # gradient steps per environment step of online fine-tuning
     # OPT
-    kappa_init: float | None = None  # weight of Q_on in the policy's objective at the first online step; None: Table 15
-    kappa_end: float | None = None  # weight of Q_on from kappa_decay online steps on; None: Table 15
-    kappa_decay: int | None = None  # environment steps from kappa_init to kappa_end (T_decay); None: Table 15
+    kappa_init: float | None = None  # weight of Q_on in the policy at first; Table 15: random 1, medium 0.3, else 0.1
+    kappa_end: float | None = None  # weight of Q_on from kappa_decay steps on; Table 15: random 1, else 0.9
+    kappa_decay: int | None = None  # T_decay, environment steps; 150,000, AntMaze 100,000 or 200,000, Adroit 250,000
     q_on_init: Literal["meta", "random", "online", "joint"] = "meta"  # Fig. 5: Eq. 3, nothing, B_on only, or Eq. 10
     q_on: bool = True  # --no-q-on (Fig. 7): phase 2 trains Q_off, and the policy follows Q_off alone
     meta_lr: float = 3e-4  # step size of the inner step of Eq. 3 (alpha; OEMA's code)
@@ -99,7 +99,7 @@ class Args:
     critic_learning_rate: float = 3e-4  # of the Adams of Q_off and Q_on
     vae_learning_rate: float = 1e-3  # of the VAE's Adam
     kl_weight: float = 0.5  # weight of the KL divergence in the VAE's loss (beta)
-    lambda_init: float | None = None  # weight of the support constraint offline (lambda); None: SPOT's for this task
+    lambda_init: float | None = None  # weight of the support constraint offline; None: 1, AntMaze 0.025 to 0.25 (SPOT)
     lambda_decay: int = 1_000_000  # environment steps after which cooling would reach 0 (SPOT's code, CORL's configs)
     lambda_end: float | None = None  # least share of lambda_init that cooling leaves; None: 0.2 on AntMaze, else 0.5
     layer_norm: bool | None = None  # LayerNorm in actor and critics; None: on Adroit
@@ -188,12 +188,13 @@ def paper_values(args: Args) -> dict:
     name, replay = ("spot_opt", "balanced") if args.opt else ("spot", "uniform")  # uniform: [choice]
     weight = ANTMAZE_LAMBDAS[args.env_id[len("antmaze-") : -len("-v2")]] if antmaze else 1.0
     values = {"exp_name": name, "replay": replay, "collect_noise": args.exploration_noise}
+    values["vae_steps"] = min(100_000, args.offline_steps)  # 100,000 are SPOT's
     values |= {"lambda_init": weight, "lambda_end": 0.2 if antmaze else 0.5}
     return values | {"layer_norm": adroit, "online_gamma": 0.995 if antmaze else args.gamma} | kappa_values(args)
 
 
 def check(args: Args) -> None:
-    """Exit 2 where arguments do not go together."""
+    """Refuse arguments that do not go together."""
     n_tau, limit = args.n_tau, f"less than --online-steps ({args.online_steps})"
     require(not args.opt or 0 < n_tau < args.online_steps, f"--n-tau is {n_tau}: write 1 or more, and {limit}")
     allowed = (args.opt and args.q_on) or args.kappa_init == args.kappa_end == args.kappa_decay == 0
@@ -692,8 +693,8 @@ def online_finetune(
             run.metrics |= update((i + 1) % args.policy_frequency == 0)
 
 
-def train(args: Args) -> float:
-    """Run all phases; returns the last evaluation's normalised score (mean return where D4RL has no reference)."""
+def train(args: Args) -> Result:
+    """Run all phases."""
     args = resolve(args)
     with contextlib.closing(Run(args)) as run:
         if run.phase == "done":
@@ -767,11 +768,12 @@ class ReplayBuffer:
         return first + (torch.rand(n, dtype=torch.float64, device=self.rows.device) * size).long()
 
     def some_states(self) -> dict[str, torch.Tensor]:
-        """Some 2,000 observations each of the dataset and of the first and the last 10,000 online transitions."""
+        """Some 2,000 observations each of the dataset and of the first and the last 10,000 online transitions (of
+        fewer than 20,000 the halves)."""
         offline, online = self.rows[:, : self.widths[0]].split([self.n_offline, self.online_capacity])
-        online = online[: self.n_online]
-        parts = {"offline": offline[:: max(1, self.n_offline // 2_000)], "first": online[:10_000:5]}
-        return {name: part.cpu().clone() for name, part in (parts | {"last": online[-10_000::5]}).items()}
+        online, n = online[: self.n_online], max(1, min(10_000, self.n_online // 2))
+        parts = {"offline": offline[:: max(1, self.n_offline // 2_000)], "first": online[:n:5], "last": online[-n::5]}
+        return {name: part.cpu().clone() for name, part in parts.items()}
 
     def state_dict(self) -> dict:
         return {"added": self.added, "online_rows": self.rows[self.n_offline :][: self.n_online].clone()}
@@ -801,7 +803,7 @@ class Collector:
         self.episode_steps += 1
         if not (np.isfinite(next_observation).all() and np.isfinite(reward)):
             where = f"in step {self.episode_steps} of training episode {self.episode + 1}"
-            sys.exit(f"{PROGRAM}: the environment gave NaN or infinity {where}; the last checkpoint, if any, is kept")
+            raise FloatingPointError(f"the environment gave NaN or infinity {where}; {CHECKPOINT_KEPT}")
         row = self.buffer.add(self.observation, action, reward, next_observation, terminated)
         self.observation = next_observation
         if terminated or truncated:
@@ -875,7 +877,7 @@ def normalized_score(env_id: str, episode_return: float) -> float:
 
 
 def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
-    """The environment of a task or a Gymnasium id. Exit 2 unless observations and actions are flat Boxes."""
+    """The environment of a task or a Gymnasium id. BadInput unless observations and actions are flat Boxes."""
     name, kwargs, kind = env_id, {}, env_id.split("-")
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # Farama's notices of other environments
@@ -902,10 +904,10 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
             env.render()
     except (gym.error.UnregisteredEnv, gym.error.DeprecatedEnv):
         near = difflib.get_close_matches(env_id, [*TASKS, *gym.registry], n=3, cutoff=0.5) or TASKS[:3]
-        raise bad_input(f"unknown --env-id {env_id!r}: did you mean {', '.join(near)}, or module:Env-v0?") from None
+        raise BadInput(f"unknown --env-id {env_id!r}: did you mean {', '.join(near)}, or module:Env-v0?") from None
     except Exception as error:  # a package that it needs is missing, or a user's own environment fails in its own way
         advice = "try MUJOCO_GL=egl or =osmesa, or no --capture-video" if render_mode else "write another, or mend it"
-        raise bad_input(f"--env-id {env_id} cannot be made ({one_line(error)}): {advice}") from None
+        raise BadInput(f"--env-id {env_id} cannot be made ({one_line(error)}): {advice}") from None
     spaces = (env.observation_space, env.action_space)
     flat = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
     found = " and ".join(f"{type(space).__name__}{space.shape or ''}" for space in spaces)
@@ -915,7 +917,7 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
 
 
 def checked_columns(columns: dict[str, np.ndarray], source: str | Path) -> dict[str, np.ndarray]:
-    """Columns of transitions in float32. Exit 2 unless they are finite numbers, and equally many."""
+    """Columns of transitions in float32. BadInput unless they are finite numbers, and equally many."""
     for key, column in columns.items():
         numbers = np.issubdtype(column.dtype, np.number) or column.dtype == bool
         require(numbers, f"{source} has '{key}' of type {column.dtype}: write numbers")
@@ -930,12 +932,15 @@ def checked_columns(columns: dict[str, np.ndarray], source: str | Path) -> dict[
 
 
 def read_hdf5(path: Path) -> Transitions:
-    """Read a D4RL-style file, without next_observations but for the last step of a cut episode. Exit 2 if damaged."""
+    """Read a D4RL-style file, without next_observations but for the last step of a cut episode. BadInput if damaged."""
     try:
         with h5py.File(path, "r") as file:
             columns = {key: np.asarray(file[key]) for key in (*Transitions._fields, "timeouts") if key in file}
     except (OSError, TypeError) as error:
-        raise bad_input(f"{path} cannot be read as HDF5 ({one_line(error)}): give a D4RL-style .hdf5 file") from None
+        advice = "give a D4RL-style .hdf5 file; if this one is a broken download, delete it"
+        if isinstance(error, BlockingIOError):
+            advice = "another process has it open for writing, close it there"
+        raise BadInput(f"{path} cannot be read as HDF5 ({one_line(error)}): {advice}") from None
     needed = {"observations", "actions", "rewards", "terminals"}
     complete = columns.keys() >= needed and columns.keys() & {"next_observations", "timeouts"}
     what = "observations, actions, rewards, terminals, and next_observations or timeouts (where episodes are cut)"
@@ -978,17 +983,15 @@ def regenerate_random(env_id: str, path: Path, progress: bool = True, seed: int 
     sizes = [min(RANDOM_CHUNK, steps - start) for start in range(0, steps, RANDOM_CHUNK)]
     seeds = [int(s) for s in np.random.SeedSequence(seed).generate_state(len(sizes))]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    spawn, bar = (
-        multiprocessing.get_context("spawn"),
-        {"total": len(sizes), "unit": "step", "disable": not progress or None},
-    )
+    workers, spawn = min(cores, len(sizes), 8), multiprocessing.get_context("spawn")
+    bar = {"total": len(sizes), "unit": "step", "disable": not progress or None}
     try:
-        with ProcessPoolExecutor(min(cores, len(sizes), 8), spawn, initializer=end_with_parent) as pool:
+        with ProcessPoolExecutor(workers, spawn, initializer=end_with_parent) as pool:
             chunks = pool.map(random_chunk, [env_id] * len(sizes), seeds, sizes)
             chunks = list(tqdm(chunks, f"regenerating {env_id}", unit_scale=RANDOM_CHUNK, **bar))
     except BrokenProcessPool:
         what = "a process that regenerates it ended: too little memory, or a script that calls train without"
-        raise bad_input(f"no data for {env_id}: {what} if __name__ == '__main__': before it") from None
+        raise BadInput(f"no data for {env_id}: {what} if __name__ == '__main__': before it") from None
     with h5py.File(path, "w") as file:
         for key, parts in zip((*Transitions._fields, "timeouts"), zip(*chunks, strict=True), strict=True):
             file[key] = np.concatenate(parts)
@@ -1002,8 +1005,9 @@ def relabel_antmaze(positions: np.ndarray, goal: np.ndarray) -> tuple[int, np.nd
     return steps, reached[:steps].astype(np.float32)
 
 
-def read_minari(dataset_id: str | None, env_id: str, progress: bool) -> Transitions:
-    """Read a Minari dataset (None: D4RL's of the task), downloaded if it is not there; AntMaze's is made D4RL's."""
+def read_minari(dataset_id: str | None, env_id: str, progress: bool) -> tuple[Transitions, str]:
+    """Read a Minari dataset (None: D4RL's of the task), downloaded if it is not there; AntMaze's is made D4RL's.
+    An id may name its remote, hf://owner/D4RL/door/human-v2."""
     store = Path(os.environ.get("MINARI_DATASETS_PATH") or "~/.minari/datasets").expanduser()
     antmaze, env, columns = env_id in ANTMAZE_TASKS, make_env(env_id), {key: [] for key in Transitions._fields}
     env.reset()  # which sets AntMaze's goal
@@ -1011,12 +1015,17 @@ def read_minari(dataset_id: str | None, env_id: str, progress: bool) -> Transiti
         domain, kind = env_id.rsplit("-v", 1)[0].split("-", 1)
         ids = [f"D4RL/{domain}/{kind}-v{version}" for version in range(1 if antmaze else 2, 10)]
         dataset_id = next((i for i in ids if (store / i / "data").is_dir()), ids[0])
-    if not (store / dataset_id / "data").is_dir():
-        try:
-            minari.download_dataset(dataset_id)
-        except Exception as error:  # whatever the remote's client raises: without network, or for an unknown id
-            why = f"{dataset_id} is no file, not in the local Minari store ({store}), and could not be downloaded"
-            raise bad_input(f"no data for {env_id}: {why} ({one_line(error)}). {WAYS}") from None
+    remote_id, dataset_id = dataset_id, re.sub("^[a-z]+://[^/]+/", "", dataset_id)
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a store that is read-only is complete
+            store.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context(open(store / ".lock", "w")), fcntl.LOCK_EX)  # while another run downloads
+        if not (store / dataset_id / "data").is_dir():
+            try:
+                minari.download_dataset(remote_id)
+            except Exception as error:  # whatever the remote's client raises: without network, or for an unknown id
+                why = f"{dataset_id} is no file, not in the local Minari store ({store}), and could not be downloaded"
+                raise BadInput(f"no data for {env_id}: {why} ({one_line(error)}). {WAYS}") from None
     what = f"the Minari dataset {store / dataset_id}"
     try:
         episodes = minari.load_dataset(dataset_id)
@@ -1038,19 +1047,23 @@ def read_minari(dataset_id: str | None, env_id: str, progress: bool) -> Transiti
             row = (observations[:-1], actions, rewards, observations[1:], terminals)
             for column, values in zip(columns.values(), row, strict=True):
                 column.append(np.asarray(values, np.float32))
+    except BadInput:
+        raise
     except Exception as error:  # Minari has no error of its own for a dataset that is half written
-        raise bad_input(f"{what} cannot be read ({one_line(error)}): delete it and get it again") from None
-    require(columns["rewards"], f"{what} holds no episodes: delete it and get it again")
-    return Transitions(**checked_columns({key: np.concatenate(parts) for key, parts in columns.items()}, what))
+        again = f"mend that; after a broken download: minari download --force {remote_id}"
+        raise BadInput(f"{what} cannot be read ({one_line(error)}): {again}") from None
+    require(columns["rewards"], f"{what} holds no episodes: write another --dataset")
+    columns = checked_columns({key: np.concatenate(parts) for key, parts in columns.items()}, what)
+    return Transitions(**columns), f"Minari's {dataset_id}"
 
 
-def load_dataset(env_id: str, dataset: str | None = None, progress: bool = True) -> Transitions:
-    """The offline data of a task. First hit wins: `dataset` (a file or a Minari id), D4RL's cache, the scripts' cache,
-    the local Minari store, regeneration of a random set, download. Exit 2 where there is none, or it is damaged."""
+def load_dataset(env_id: str, dataset: str | None = None, progress: bool = True) -> tuple[Transitions, str]:
+    """The offline data of a task, and where it came from. First hit wins: `dataset` (a file or a Minari id), D4RL's
+    cache, the scripts' cache, the local Minari store, regeneration of a random set, download."""
     if dataset is not None:
         path = Path(dataset).expanduser()
         if path.is_file():
-            return read_hdf5(path)
+            return read_hdf5(path), str(path)
         is_path = path.suffix in (".hdf5", ".h5") or path.exists()
         require(
             not is_path, f"--dataset {dataset} is not a file: write that of a D4RL-style .hdf5 file, or a Minari id"
@@ -1062,9 +1075,10 @@ def load_dataset(env_id: str, dataset: str | None = None, progress: bool = True)
     name = f"{env_id[:-3].replace('-', '_')}-v2.hdf5" if env_id in MUJOCO_TASKS else f"{env_id}.hdf5"
     d4rl_cache = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser() / name
     own_cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "opt-datasets" / f"{env_id}.hdf5"
-    for path in (d4rl_cache, own_cache):
+    own_source = f"{own_cache} ({'regenerated' if env_id.endswith('-random-v2') else 'downloaded'})"
+    for path, source in ((d4rl_cache, str(d4rl_cache)), (own_cache, own_source)):
         if path.exists():
-            return read_hdf5(path)
+            return read_hdf5(path), source
     if env_id in ADROIT_TASKS:
         return read_minari(None, env_id, progress)
     temporary = own_cache.with_name(f"{own_cache.name}.{os.urandom(4).hex()}.tmp")
@@ -1072,7 +1086,7 @@ def load_dataset(env_id: str, dataset: str | None = None, progress: bool = True)
         temporary.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
     except OSError as error:
-        raise bad_input(f"cannot write {own_cache} ({one_line(error)}): set XDG_CACHE_HOME to another folder") from None
+        raise BadInput(f"cannot write {own_cache} ({one_line(error)}): set XDG_CACHE_HOME to another folder") from None
     try:
         if env_id.endswith("-random-v2"):
             regenerate_random(env_id, temporary, progress)
@@ -1083,14 +1097,17 @@ def load_dataset(env_id: str, dataset: str | None = None, progress: bool = True)
         temporary.replace(own_cache)
     except OSError as error:
         why = f"it is not at {d4rl_cache}, and not to be made here or had from {D4RL_URL}{name} ({one_line(error)})"
-        raise bad_input(f"no data for {env_id}: {why}. {WAYS}") from None
+        raise BadInput(f"no data for {env_id}: {why}. {WAYS}") from None
     finally:
         temporary.unlink(missing_ok=True)
-    return read_hdf5(own_cache)
+    return read_hdf5(own_cache), own_source
 
 
 def check_dataset(dataset: Transitions, env: gym.Env, args: Args) -> None:
-    """Exit 2 if the data does not fit the environment or is smaller than a batch."""
+    """BadInput if the data does not fit the environment or is smaller than a batch."""
+    n, size = len(dataset.rewards), args.batch_size
+    advice = "lower it" if n else "they are empty, give others by --dataset"
+    require(n >= size, f"--batch-size {size} exceeds the data's {n} transitions: {advice}")
     for key in ("observations", "actions", "next_observations"):
         shape = (env.action_space if key == "actions" else env.observation_space).shape
         found = getattr(dataset, key).shape[1:]
@@ -1109,8 +1126,6 @@ def check_dataset(dataset: Transitions, env: gym.Env, args: Args) -> None:
     ranges = f"from {actions.min():g} to {actions.max():g}, {args.env_id}'s from {low.min():g} to {high.max():g}"
     what = f"the data's actions are {ranges}: write them in the environment's units"
     require(inside or args.env_id in ADROIT_TASKS, what)  # Adroit's hand clips the actions of its cloned policies
-    n, size = len(dataset.rewards), args.batch_size
-    require(n >= size, f"--batch-size {size} exceeds the data's {n} transitions: lower it")
 
 
 def evaluate(policy: Policy, env: gym.Env, env_id: str, episodes: int, seed: int) -> dict:
@@ -1140,6 +1155,7 @@ def evaluate(policy: Policy, env: gym.Env, env_id: str, episodes: int, seed: int
 # The run: arguments, folder, logs, checkpoints ========================================================================
 
 PROGRAM = Path(__file__).name
+CHECKPOINT_KEPT = "the last checkpoint, if any, is kept"
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # ask for a checkpoint; the last is Slurm's
 
 
@@ -1148,16 +1164,14 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-def bad_input(message: str) -> SystemExit:
-    """Exit status 2 for what the user can mend, with one line that says what is wrong and what to write instead."""
-    print(f"{PROGRAM}: {message}", file=sys.stderr)
-    return SystemExit(2)
+class BadInput(ValueError):
+    """What the user can mend: one line says what is wrong and what to write instead. The command line exits with 2."""
 
 
 def require(condition: object, message: str) -> None:
-    """Exit 2 with that line unless the condition holds."""
+    """Refuse bad input unless the condition holds."""
     if not condition:
-        raise bad_input(message)
+        raise BadInput(message)
 
 
 def parse_args() -> Args:
@@ -1177,7 +1191,7 @@ def parse_args() -> Args:
 
 
 def resolve(args: Args) -> Args:
-    """Replace every None but compile's by the value for the task, and refuse what cannot work (exit 2)."""
+    """Replace every None but compile's by the value for the task, and refuse what cannot work."""
     args, antmaze = copy.copy(args), args.env_id in ANTMAZE_TASKS
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -1192,12 +1206,13 @@ def resolve(args: Args) -> Args:
             require(holds(value), f"--{name.replace('_', '-')} is {value}: write {allowed}")
     cuda = args.device == "cpu" or torch.cuda.is_available()
     require(cuda, "--device cuda, but torch finds no CUDA device: write --device cpu, or install a CUDA build")
+    require(os.path.expanduser("~") != "~", "this user has no home folder, where data is kept: set HOME to a folder")
     check(args)
     return args
 
 
 def choose_compile(args: Args) -> bool:
-    """Whether to compile: what is asked for, else in long runs. Exit 2 where that is asked for and fails."""
+    """Whether to compile: what is asked for, else in long runs. BadInput where that is asked for and fails."""
     if args.compile is None and args.offline_steps * (not args.offline_from) + args.utd * args.online_steps < 100_000:
         return False
     try:
@@ -1208,6 +1223,14 @@ def choose_compile(args: Args) -> bool:
         print(f"{PROGRAM}: torch.compile fails here ({one_line(error)}): slower, without it", file=sys.stderr)
         return False
     return args.compile is not False
+
+
+class Result(NamedTuple):
+    """What a finished run gives back."""
+
+    score: float  # the last evaluation's: normalised, or the mean return where D4RL has no reference
+    folder: Path
+    model: Path | None  # model.pt; None with --no-save-model
 
 
 class Run:
@@ -1222,7 +1245,7 @@ class Run:
     LOG_FREQ = 1_000  # gradient steps between two points of a TensorBoard curve
 
     def __init__(self, args: Args):
-        """Make the environments and the folder, and read what the run goes on from. Exit 2 where that cannot be."""
+        """Make the environments and the folder, and read what the run goes on from. BadInput where that cannot be."""
         if getattr(multiprocessing.current_process(), "_inheriting", False):
             sys.exit(1)  # in a worker that imports a script without main guard: the first process says so
         random.seed(args.seed)  # for environments that draw from the global generators
@@ -1260,15 +1283,15 @@ class Run:
             self.lock = open(self.folder / ".lock", "w")  # which ends with the process
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise bad_input(f"another process runs in {self.folder}: wait for it, or write another --run-dir") from None
+            raise BadInput(f"another process runs in {self.folder}: wait for it, or write another --run-dir") from None
         except OSError as error:
             what = f"the run folder {self.folder} cannot be written ({error.strerror})"
-            raise bad_input(f"{what}: write another --run-dir") from None
+            raise BadInput(f"{what}: write another --run-dir") from None
 
     def load_data(self, reward_transform: Callable[[str, Transitions], tuple[float, float]]) -> Transitions:
         """The dataset as the agent sees it, rewards scaled and shifted by `reward_transform(env_id, dataset)`, states
         normalised where args say so. The environments likewise; evaluation counts the task's own rewards."""
-        dataset = load_dataset(self.args.env_id, self.args.dataset, self.args.progress)
+        dataset, source = load_dataset(self.args.env_id, self.args.dataset, self.args.progress)
         check_dataset(dataset, self.env, self.args)
         scale, shift = reward_transform(self.args.env_id, dataset)
         mean, std = np.float32([[0], [1]]) * np.ones_like(dataset.observations[0])
@@ -1283,10 +1306,12 @@ class Run:
             rewards=scale * dataset.rewards + shift,
             next_observations=(dataset.next_observations - mean) / std,
         )
-        self.env = gym.wrappers.TransformReward(self.seen(self.env), lambda reward: scale * reward + shift)
+        self.env = self.seen(gym.wrappers.RecordEpisodeStatistics(self.env))  # of the task's own rewards
+        self.env = gym.wrappers.TransformReward(self.env, lambda reward: scale * reward + shift)
         self.evaluation_env = self.seen(self.evaluation_env)
         crc = zlib.crc32(b"".join(column.tobytes() for column in dataset))
-        self.data = {"size": len(dataset.rewards), "crc32": crc, "reward_scale": scale, "action_dim": len(low)}
+        self.data = {"source": source, "size": len(dataset.rewards), "crc32": crc}
+        self.data |= {"reward_scale": scale, "action_dim": len(low)}
         self.data |= {"observation_mean": torch.from_numpy(mean), "observation_std": torch.from_numpy(std)}
         same = not self.state or self.state["data"].get("crc32") == crc
         what = f"{self.state.get('kind')} was made with other data for {self.args.env_id}"
@@ -1315,7 +1340,7 @@ class Run:
         except (KeyError, RuntimeError, ValueError) as error:
             advice = "take that version (script_blob in its args.json), or start a new run in another --run-dir"
             what = f"{state['kind']} is of another version of {PROGRAM}"
-            raise bad_input(f"{what} ({one_line(error)}): {advice}") from None
+            raise BadInput(f"{what} ({one_line(error)}): {advice}") from None
         if resumed:
             torch.set_rng_state(state["rng"])
             if self.device.type == "cuda":
@@ -1328,7 +1353,7 @@ class Run:
         blob = hashlib.sha1(b"blob %d\0" % len(text) + text).hexdigest()  # git's name of this text
         facts = {"versions": versions, "script": PROGRAM, "script_blob": blob, "threads": torch.get_num_threads()}
         facts["products"] = {"bf16": "oneDNN", "ieee": "MKL"}.get(self.products, "cuBLAS")
-        facts["data"] = {"size": self.data["size"], "crc32": self.data["crc32"]}
+        facts["data"] = {name: self.data[name] for name in ("source", "size", "crc32")}
         facts["device_name"] = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
         facts["wandb_id"] = os.urandom(4).hex()
         if resumed and path.exists():  # W&B goes on with the run it had
@@ -1341,7 +1366,7 @@ class Run:
 
                 self.tracker = wandb.init(**names, resume="allow", config=args, sync_tensorboard=True)
             except Exception as error:  # not installed, not logged in, not reached
-                raise bad_input(f"--track: {one_line(error)}: run wandb login, or set WANDB_MODE=offline") from None
+                raise BadInput(f"--track: {one_line(error)}: run wandb login, or set WANDB_MODE=offline") from None
         with contextlib.suppress(ValueError):  # of a thread that is not the main one
             for number in STOPS:
                 if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
@@ -1352,6 +1377,11 @@ class Run:
         for old in () if resumed else self.folder.glob("events.out.tfevents.*"):  # killed before its first checkpoint
             old.unlink()
         self.writer = SummaryWriter(str(self.folder), purge_step=self.gradient_steps + 1 if state else None)
+        table = "".join(f"|{name}|{value}|\n" for name, value in args.items())
+        self.writer.add_text("arguments", f"|argument|value|\n|-|-|\n{table}", self.gradient_steps)
+        data = f"{self.data['size']:,} transitions from {self.data['source']}"
+        how = f"on {facts['device_name']}{', compiled' * self.args.compile}"
+        print(f"{PROGRAM}: {self.folder}: {data}; {how}; curves: tensorboard --logdir {self.folder.parent}", flush=True)
 
     def on_signal(self, number: int, frame) -> None:
         """The first Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 asks for a checkpoint and the end, a second one won't wait."""
@@ -1372,8 +1402,9 @@ class Run:
                 self.add_evaluation()
         if self.phase != phase or self.step == total:
             return
+        name = f"{PHASES.index(phase)}/{len(PHASES) - 2} {phase}"
         bar = tqdm(
-            total=total, initial=self.step, desc=phase, unit="step", mininterval=0.5, disable=not args.progress or None
+            None, name, total, initial=self.step, unit="step", mininterval=0.5, disable=not args.progress or None
         )
         bar.set_postfix(score=self.score)
         started = time.perf_counter()
@@ -1389,9 +1420,10 @@ class Run:
             keep = args.checkpoint_freq and (last or self.step % max(1, args.checkpoint_freq // every) == 0)
             if not (score or keep or last or self.signal or self.step % max(1, self.LOG_FREQ // every) == 0):
                 continue
-            self.log_metrics()
             elapsed = time.perf_counter() - started
             self.phase_seconds, self.seconds = self.phase_seconds + elapsed, self.seconds + elapsed
+            self.metrics["steps_per_second"] = self.step / max(self.phase_seconds, 1e-9)
+            self.log_metrics()
             if last:
                 rate = f"{total * gradient / max(self.phase_seconds, 1e-9):.2f}"
                 self.append("speed", (phase, total * gradient, total * env, f"{self.phase_seconds:.3f}", rate))
@@ -1399,7 +1431,7 @@ class Run:
                 self.add_evaluation()
                 bar.set_postfix(score=self.score)
                 if bar.disable:  # asked for, or not a terminal
-                    rate = self.step / max(self.phase_seconds, 1e-9)
+                    rate = self.metrics["steps_per_second"]
                     left = f"{rate:.0f} steps/s, {(total - self.step) / rate / 60:.0f} min left"
                     print(f"{phase} {self.step:,}/{total:,}: score {self.score:.1f}, {left}", flush=True)
             if keep:
@@ -1418,13 +1450,17 @@ class Run:
         for name, value in self.metrics.items():
             if not math.isfinite(value := float(value)):
                 where = f"phase {self.phase}, gradient step {self.gradient_steps}"
-                sys.exit(f"{PROGRAM}: {name} is {value} in {where}; the last checkpoint, if any, is kept")
+                raise FloatingPointError(f"{name} is {value} in {where}; {CHECKPOINT_KEPT}")
             self.writer.add_scalar(f"train/{name}", value, self.gradient_steps)
+        for episode_return in list(self.env.get_wrapper_attr("return_queue"))[-1:]:  # the newest training episode's
+            self.writer.add_scalar("online/episode_return", episode_return, self.env_steps)
 
     def add_evaluation(self) -> None:
         """Evaluate: a row of evals.csv, a point of the curves, with --snapshots a model."""
         args, started = self.args, time.perf_counter()
-        result = evaluate(self.policy, self.evaluation_env, args.env_id, args.eval_episodes, args.seed)
+        with torch.random.fork_rng(devices=()):  # a policy that draws is evaluated with the same numbers each time
+            torch.default_generator.manual_seed(args.seed)
+            result = evaluate(self.policy, self.evaluation_env, args.env_id, args.eval_episodes, args.seed)
         self.seconds += time.perf_counter() - started
         self.score = result["return_mean" if math.isnan(result["normalized_score"]) else "normalized_score"]
         counters = (self.phase, self.env_steps, self.gradient_steps)
@@ -1432,6 +1468,8 @@ class Run:
         for key, value in (result | {"env_steps": self.env_steps}).items():
             if value != "" and math.isfinite(value):
                 self.writer.add_scalar(f"eval/{key}", value, self.gradient_steps)
+                if self.env_steps:  # an axis that runs with other gradient steps share
+                    self.writer.add_scalar(f"online/{key}", value, self.env_steps)
         self.writer.flush()
         if args.snapshots:
             save(self.folder / "snapshots" / ("-".join(map(str, counters)) + ".pt"), self.model())
@@ -1465,23 +1503,24 @@ class Run:
         if self.phase == "offline":
             self.save_state("offline.pt", self.agent.offline_parts, speed=[self.SPEED])
 
-    def finish(self) -> float:
-        """Write model.pt and the video, mark the run complete; returns the last score."""
+    def finish(self) -> Result:
+        """Write model.pt and the video, mark the run complete."""
+        result = Result(self.score, self.folder, self.folder / "model.pt" if self.args.save_model else None)
         if self.phase == "done":
             print(f"{self.folder} is complete: score {self.score:.1f}")
-            return self.score
+            return result
         if self.args.save_model:
             save(self.folder / "model.pt", self.model() | {"states": self.buffer.some_states()})  # for report.py tsne
             self.parts = {}  # what is in model.pt need not be in the checkpoint as well
         if self.args.capture_video:
-            video = {"video_folder": str(self.folder), "name_prefix": "evaluation", "disable_logger": True}
+            video = {"video_folder": str(self.folder / "video"), "name_prefix": "evaluation", "disable_logger": True}
             env = gym.wrappers.RecordVideo(self.seen(self.video_env), **video)
             evaluate(self.policy, env, self.args.env_id, episodes=1, seed=self.args.seed)
             env.close()
         self.phase, self.step = "done", 0
         self.save_checkpoint()
-        print(f"{self.folder}: score {self.score:.1f}")
-        return self.score
+        print(f"{self.folder}: score {self.score:.1f}, after {self.seconds / 60:.0f} min")
+        return result
 
     def close(self) -> None:
         """Give back what the run took over, however it ended."""
@@ -1511,11 +1550,11 @@ def save(path: Path, content: dict | str) -> None:
 
 
 def load(path: Path, kind: str, args: Args, names: Iterable[str], advice: str, other: str) -> dict:
-    """Read what a run wrote; exit 2 if it is missing, damaged, or of other arguments `names` than these."""
+    """Read what a run wrote; BadInput if it is missing, damaged, or of other arguments `names` than these."""
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # torch raises half a dozen kinds for a truncated file
-        raise bad_input(f"{path} is damaged or missing ({one_line(error)}): {advice}") from None
+        raise BadInput(f"{path} is damaged or missing ({one_line(error)}): {advice}") from None
     whole = isinstance(state, dict) and state.get("kind") == kind and state.keys() >= {*Run.SAVED, "parts", "data"}
     require(whole, f"{path} is no {kind} of this version of {PROGRAM}: {advice}")
     pairs = {name: (state["args"].get(name), getattr(args, name)) for name in names}
@@ -1593,5 +1632,8 @@ if __name__ == "__main__":
         train(parse_args())
     except KeyboardInterrupt:
         sys.exit(130)
+    except (BadInput, FloatingPointError) as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, BadInput) else 1)
     except OSError as error:  # a full disk: what was written before is whole
         sys.exit(f"{PROGRAM}: {error}: the run stopped; mend that, and go on from its last checkpoint with --resume")
