@@ -40,7 +40,7 @@ def main(path: Path) -> None:
     if "actor_target" not in saved.get("parts", {}):
         sys.exit(f"{path} cannot be trained on: write a run's offline.pt, or its checkpoint.pt while it is under way")
     args, parts = saved["args"], saved["parts"]
-    dataset = load_dataset(args["env_id"], args["dataset"])
+    dataset = load_dataset(args["env_id"], args["dataset"])[0]
     mean, std = saved["data"]["observation_mean"], saved["data"]["observation_std"]
     sizes, noise = (len(mean), dataset.actions.shape[1]), SimpleNamespace(**args)
     actor = Actor(*sizes)

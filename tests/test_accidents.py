@@ -14,7 +14,7 @@ import td3_opt
 import torch
 from conftest import ROOT, write_file
 from gymnasium.envs.mujoco.inverted_pendulum_v5 import InvertedPendulumEnv
-from runs import rows, run_killed_at, run_script, timeless
+from runs import rows, run_killed_at, run_script, same_weights, timeless
 from td3_opt import Args
 from torch.utils.tensorboard import SummaryWriter
 
@@ -60,17 +60,17 @@ def test_nan_from_the_environment_ends_the_run_before_it_is_stored(wrong, pendul
     monkeypatch.setattr(OddPendulum, "wrong", wrong)
     arguments = TINY | dict(env_id="OddPendulum-v0", online_steps=100, eval_freq=0, eval_episodes=1)
     arguments |= dict(dataset=str(pendulum_file), run_dir=str(tmp_path / "run"), checkpoint_freq=10)
-    with pytest.raises(SystemExit) as error:
+    where = "the environment gave NaN or infinity in step 25 of training episode 2"
+    with pytest.raises(FloatingPointError, match=where):
         td3_opt.train(Args(**arguments))
-    assert "the environment gave NaN or infinity in step 25 of training episode 2" in error.value.code
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert saved["env_steps"] == 70 and saved["parts"]["buffer"]["online_rows"].isfinite().all()
     monkeypatch.setattr(OddPendulum, "wrong", None)
-    assert np.isfinite(td3_opt.train(Args(**arguments, resume=True)))
+    assert np.isfinite(td3_opt.train(Args(**arguments, resume=True)).score)
 
 
 @pytest.mark.parametrize("factor, fine", [(1, True), (1.2, False), (30, False)])
-def test_actions_of_other_units_are_refused(factor, fine, pendulum_columns, tmp_path, capsys):
+def test_actions_of_other_units_are_refused(factor, fine, pendulum_columns, tmp_path):
     """The pendulum's actions reach from -3 to 3, which are fine."""
     actions = pendulum_columns["actions"].copy()
     actions[:2] = [[-3], [3]]
@@ -79,10 +79,9 @@ def test_actions_of_other_units_are_refused(factor, fine, pendulum_columns, tmp_
     if fine:
         td3_opt.train(Args(**arguments))
         return
-    with pytest.raises(SystemExit):
-        td3_opt.train(Args(**arguments))
     ranges = f"the data's actions are from {-3 * factor:g} to {3 * factor:g}, InvertedPendulum-v5's from -3 to 3"
-    assert ranges in capsys.readouterr().err
+    with pytest.raises(td3_opt.BadInput, match=ranges):
+        td3_opt.train(Args(**arguments))
 
 
 def test_observations_that_are_constant_in_the_data_are_named(pendulum_columns, pendulum_file, tmp_path, capsys):
@@ -203,9 +202,36 @@ def test_a_script_without_a_main_guard_is_told_so(home, tmp_path):
     environment = os.environ | {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     command = [sys.executable, "mine.py"]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
-    assert result.returncode == 2
-    lines = [line for line in result.stderr.splitlines() if line.startswith("td3_opt.py: ")]  # between the workers' own
-    assert len(lines) == 1 and "if __name__ == '__main__'" in lines[0]
+    assert result.returncode == 1  # an exception of the user's own script
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("td3_opt.BadInput: no data for hopper-random-v2") and "if __name__ == '__main__'" in last
+
+
+def test_what_train_gives_back(pendulum_file, tmp_path, capsys):
+    """The score of the last row, the folder and the model; the same of a run that is complete already."""
+    arguments = TINY | dict(dataset=str(pendulum_file), run_dir=str(tmp_path / "run"))
+    first, again = td3_opt.train(Args(**arguments)), td3_opt.train(Args(**arguments, resume=True))
+    assert again == first and first.folder == tmp_path / "run" and first.model == tmp_path / "run" / "model.pt"
+    assert first.score == pytest.approx(float(rows(first.folder)[-1]["return_mean"]), abs=1e-4)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"td3_opt.py: {tmp_path / 'run'}: 5,000 transitions from {pendulum_file}; on cpu")
+    assert lines[-2].startswith(f"{tmp_path / 'run'}: score {first.score:.1f}, after 0 min")
+    assert td3_opt.train(Args(**(arguments | dict(run_dir=str(tmp_path / "b"), save_model=False)))).model is None
+
+
+def test_an_evaluation_with_random_numbers_leaves_those_of_training_alone(pendulum_file, tmp_path, monkeypatch):
+    """The same weights with one evaluation and with four; each evaluation draws the same numbers."""
+    plain, drawn = td3_opt.evaluate, []
+
+    def evaluate(*args, **kwargs):
+        drawn.append(torch.rand(1).item())
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(td3_opt, "evaluate", evaluate)
+    for frequency in (0, 20):
+        arguments = TINY | dict(dataset=str(pendulum_file), eval_freq=frequency, run_dir=str(tmp_path / str(frequency)))
+        td3_opt.train(Args(**arguments))
+    assert len(set(drawn)) == 1 and len(drawn) > 8 and same_weights(tmp_path / "0", tmp_path / "20")
 
 
 class Endless:

@@ -1,6 +1,7 @@
 """What a user can mend ends with status 2 and one line that says what to write instead."""
 
 import json
+import pwd
 
 import h5py
 import numpy as np
@@ -15,17 +16,16 @@ TINY |= dict(batch_size=8, progress=False)
 
 
 @pytest.fixture
-def refused(capsys, tmp_path, monkeypatch, home):
-    """train(Args) must exit with status 2 and one line holding all these words."""
+def refused(tmp_path, monkeypatch, home):
+    """train(Args) must refuse, in one line that holds all these words."""
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(tmp_path)
 
     def refused(*words: str, **arguments) -> str:
-        with pytest.raises(SystemExit) as error:
+        with pytest.raises(td3_opt.BadInput) as error:
             td3_opt.train(Args(**(TINY | {"run_dir": str(tmp_path / "run")} | arguments)))
-        message = capsys.readouterr().err
-        assert error.value.code == 2
-        assert message.startswith("td3_opt.py: ") and message.count("\n") == 1, message
+        message = str(error.value)
+        assert "\n" not in message, message
         for word in words:
             assert word in message, message
         return message
@@ -146,6 +146,20 @@ def test_arguments(refused, pendulum_file, words, arguments):
 def test_cuda_without_cuda(refused, pendulum_file, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     refused("--device cuda", "--device cpu", dataset=str(pendulum_file), device="cuda")
+
+
+def test_a_user_without_a_home(refused, pendulum_file, monkeypatch):
+    def unknown(uid):
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.delenv("HOME")
+    refused("no home folder", "set HOME", dataset=str(pendulum_file))
+
+
+def test_data_without_transitions(refused, tmp_path):
+    empty = {key: column[:0] for key, column in pendulum_like().items()}
+    refused("0 transitions", "empty", dataset=str(write_file(tmp_path / "empty.hdf5", empty)))
 
 
 def test_run_folder_that_cannot_be_written(refused, pendulum_file, tmp_path):

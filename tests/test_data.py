@@ -2,7 +2,11 @@
 
 import hashlib
 import http.server
+import shutil
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import gymnasium as gym
@@ -92,7 +96,7 @@ def test_first_hit_wins(tmp_path, monkeypatch):
         return write_file(path, columns)
 
     def first_reward(dataset=None):
-        return td3_opt.load_dataset("hopper-random-v2", dataset, progress=False).rewards[0]
+        return td3_opt.load_dataset("hopper-random-v2", dataset, progress=False)[0].rewards[0]
 
     own = tmp_path / ".cache" / "opt-datasets" / "hopper-random-v2.hdf5"
     assert first_reward() == 4 and [path.name for path in own.parent.iterdir()] == [own.name]
@@ -103,10 +107,10 @@ def test_first_hit_wins(tmp_path, monkeypatch):
     assert first_reward(str(write_file_with_reward(tmp_path / "mine.hdf5", 1))) == 1
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     write_file_with_reward(tmp_path / "xdg" / "opt-datasets" / "walker2d-random-v2.hdf5", 5)
-    assert td3_opt.load_dataset("walker2d-random-v2", progress=False).rewards[0] == 5
+    assert td3_opt.load_dataset("walker2d-random-v2", progress=False)[0].rewards[0] == 5
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "d4rl"))
     write_file_with_reward(tmp_path / "d4rl" / "walker2d_random-v2.hdf5", 6)
-    assert td3_opt.load_dataset("walker2d-random-v2", progress=False).rewards[0] == 6
+    assert td3_opt.load_dataset("walker2d-random-v2", progress=False)[0].rewards[0] == 6
 
 
 @pytest.mark.parametrize(
@@ -117,7 +121,7 @@ def test_d4rls_files_are_found_under_their_names(tmp_path, kind, name):
     folder = tmp_path / ".d4rl" / "datasets"
     folder.mkdir(parents=True)
     write_file(folder / f"walker2d_{name}-v2.hdf5", small_columns())
-    assert len(td3_opt.load_dataset(f"walker2d-{kind}-v2", progress=False).rewards) == 10
+    assert len(td3_opt.load_dataset(f"walker2d-{kind}-v2", progress=False)[0].rewards) == 10
 
 
 @pytest.fixture
@@ -142,38 +146,36 @@ def server(tmp_path, monkeypatch):
 
 def test_download_into_the_cache(server):
     write_file(server / "hopper_medium-v2.hdf5", small_columns())
-    assert len(td3_opt.load_dataset("hopper-medium-v2", progress=False).rewards) == 10
+    assert len(td3_opt.load_dataset("hopper-medium-v2", progress=False)[0].rewards) == 10
     (server / "hopper_medium-v2.hdf5").unlink()
-    assert len(td3_opt.load_dataset("hopper-medium-v2", progress=False).rewards) == 10  # from the cache
+    assert len(td3_opt.load_dataset("hopper-medium-v2", progress=False)[0].rewards) == 10  # from the cache
 
 
-def refused(capsys, env_id: str, cache: Path) -> str:
+def refused(env_id: str, cache: Path) -> str:
     """The one line with which it ends where nothing can be had, and nothing is left in the cache."""
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(td3_opt.BadInput) as error:
         td3_opt.load_dataset(env_id, progress=False)
-    message = capsys.readouterr().err
-    assert error.value.code == 2 and message.count("\n") == 1 and list(cache.iterdir()) == []
+    message = str(error.value)
+    assert "\n" not in message and list(cache.iterdir()) == []
     return message
 
 
-def test_no_data_anywhere_names_the_three_ways(server, capsys, tmp_path):
-    message = refused(capsys, "hopper-expert-v2", tmp_path / ".cache" / "opt-datasets")
+def test_no_data_anywhere_names_the_three_ways(server, tmp_path):
+    message = refused("hopper-expert-v2", tmp_path / ".cache" / "opt-datasets")
     for way in (str(tmp_path / ".d4rl" / "datasets" / "hopper_expert-v2.hdf5"), "--dataset", td3_opt.D4RL_URL):
         assert way in message
 
 
-def test_a_download_that_is_damaged_is_not_kept(server, capsys, tmp_path):
+def test_a_download_that_is_damaged_is_not_kept(server, tmp_path):
     whole = write_file(server / "whole.hdf5", small_columns()).read_bytes()
     (server / "hopper_expert-v2.hdf5").write_bytes(whole[: len(whole) // 2])
-    assert "truncated file" in refused(capsys, "hopper-expert-v2", tmp_path / ".cache" / "opt-datasets")
+    assert "truncated file" in refused("hopper-expert-v2", tmp_path / ".cache" / "opt-datasets")
 
 
-def test_a_cache_that_cannot_be_written(monkeypatch, capsys):
+def test_a_cache_that_cannot_be_written(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(td3_opt.BadInput, match="^[^\n]*set XDG_CACHE_HOME[^\n]*$"):
         td3_opt.load_dataset("hopper-random-v2", progress=False)
-    message = capsys.readouterr().err
-    assert error.value.code == 2 and message.count("\n") == 1 and "set XDG_CACHE_HOME" in message
 
 
 def collect_minari(dataset_id: str, env: gym.Env, steps: int):
@@ -189,7 +191,7 @@ def test_a_minari_dataset_is_read_and_read_anew_when_it_changes(tmp_path, monkey
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "store"))
     for steps in (300, 200):
         columns = collect_minari("test/pendulum-v0", gym.make("InvertedPendulum-v5"), steps)
-        data = td3_opt.load_dataset("InvertedPendulum-v5", "test/pendulum-v0", progress=False)
+        data, _ = td3_opt.load_dataset("InvertedPendulum-v5", "test/pendulum-v0", progress=False)
         assert len(data.rewards) == steps
         for key in td3_opt.Transitions._fields:
             np.testing.assert_array_equal(getattr(data, key), columns[key].astype(np.float32))
@@ -219,3 +221,71 @@ def test_actions_are_scaled_in_data_and_environments_alike(pendulum_file, pendul
         env.reset(seed=0), plain.reset(seed=0)
         expected = plain.step(np.array([1.5], np.float32))[0]
         np.testing.assert_allclose(env.step(np.array([0.5], np.float32))[0], expected, rtol=1e-6)
+
+
+def test_a_minari_id_may_name_its_remote(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "store"))
+    asked = []
+
+    def download(dataset_id):
+        asked.append(dataset_id)
+        collect_minari("test/pendulum-v0", gym.make("InvertedPendulum-v5"), 200)
+
+    monkeypatch.setattr(minari, "download_dataset", download)
+    for _ in range(2):  # the second time it is there
+        data, source = td3_opt.load_dataset("InvertedPendulum-v5", "hf://someone/test/pendulum-v0", progress=False)
+        assert len(data.rewards) == 200 and source == "Minari's test/pendulum-v0"
+    assert asked == ["hf://someone/test/pendulum-v0"]
+
+
+def test_a_second_run_waits_for_the_download_of_the_first(tmp_path, monkeypatch):
+    """Which has its folder already, half written."""
+    whole = tmp_path / "whole"
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(whole))
+    collect_minari("test/pendulum-v0", gym.make("InvertedPendulum-v5"), 200)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "store"))
+    started, read = threading.Event(), []
+
+    def slow_download(dataset_id):
+        target = tmp_path / "store" / dataset_id / "data"
+        target.mkdir(parents=True)
+        started.set()
+        time.sleep(1)
+        for path in (whole / dataset_id / "data").iterdir():
+            shutil.copy(path, target)
+
+    monkeypatch.setattr(minari, "download_dataset", slow_download)
+
+    def load():
+        read.append(len(td3_opt.load_dataset("InvertedPendulum-v5", "test/pendulum-v0", progress=False)[0].rewards))
+
+    first = threading.Thread(target=load)
+    first.start()
+    assert started.wait(60)
+    load()
+    first.join()
+    assert read == [200, 200]
+
+
+def test_where_the_data_came_from(tmp_path, monkeypatch):
+    columns = small_columns()
+    monkeypatch.setattr(td3_opt, "regenerate_random", lambda env_id, path, progress: write_file(path, columns))
+    for _ in range(2):
+        source = td3_opt.load_dataset("hopper-random-v2", progress=False)[1]
+        assert source == f"{tmp_path / '.cache' / 'opt-datasets' / 'hopper-random-v2.hdf5'} (regenerated)"
+    mine = write_file(tmp_path / "mine.hdf5", columns)
+    assert td3_opt.load_dataset("hopper-random-v2", str(mine), progress=False)[1] == str(mine)
+    (tmp_path / ".d4rl" / "datasets").mkdir(parents=True)
+    own = write_file(tmp_path / ".d4rl" / "datasets" / "hopper_random-v2.hdf5", columns)
+    assert td3_opt.load_dataset("hopper-random-v2", progress=False)[1] == str(own)
+
+
+def test_a_file_that_another_process_writes(tmp_path):
+    path = write_file(tmp_path / "open.hdf5", small_columns())
+    code = f"import h5py, sys; file = h5py.File({str(path)!r}, 'a'); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+        writer.stdout.readline()
+        with pytest.raises(td3_opt.BadInput, match="another process has it open for writing"):
+            td3_opt.read_hdf5(path)
+        writer.stdin.close()
+    assert len(td3_opt.read_hdf5(path).rewards) == 10

@@ -44,7 +44,8 @@ def test_run_folder(whole):
     assert names == {"args.json", "evals.csv", "speed.csv", "offline.pt", "checkpoint.pt", "model.pt", "snapshots"}
     args = json.loads((whole / "args.json").read_text())
     checkpoint = torch.load(whole / "checkpoint.pt", weights_only=True)
-    assert args["data"] == {"size": 5_000, "crc32": checkpoint["data"]["crc32"]}
+    assert args["data"]["source"].endswith("pendulum.hdf5")
+    assert (args["data"]["size"], args["data"]["crc32"]) == (5_000, checkpoint["data"]["crc32"])
     evals = rows(whole)
     assert list(evals[0]) == list(td3_opt.Run.EVALS)
     steps = [(row["phase"], int(row["env_steps"]), int(row["gradient_steps"])) for row in evals]
@@ -116,6 +117,38 @@ def test_tensorboard_curves(whole):
     assert kappa == pytest.approx(0.9)
     mix, off, on = (events.Scalars(f"train/{name}_mean")[-1].value for name in ("q_mix", "q_off", "q_on"))
     assert mix == pytest.approx(0.1 * off + 0.9 * on, rel=1e-4)
+    scores = [(event.step, event.value) for event in events.Scalars("online/return_mean")]
+    online = [(int(row["env_steps"]), float(row["return_mean"])) for row in rows(whole) if row["env_steps"] != "0"]
+    assert scores == [(step, pytest.approx(value)) for step, value in online] and len(scores) == 4
+    (arguments,) = events.Tensors("arguments/text_summary")
+    assert b"|kappa_end|0.9|" in arguments.tensor_proto.string_val[0]
+    speed = {event.step: event.value for event in events.Scalars("train/steps_per_second")}
+    assert speed[60] == pytest.approx(float(rows(whole, "speed.csv")[0]["gradient_steps_per_second"]), rel=0.05)
+
+
+def test_the_curve_of_training_episodes(pendulum_file, tmp_path, monkeypatch):
+    """At each environment step the return of the newest finished episode, here summed from the buffer's rows."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    step, finished, newest = td3_opt.Collector.step, [0.0], {}
+
+    def watch(self, action):
+        episode, row = self.episode, step(self, action)
+        finished[-1] += self.buffer[torch.tensor([row])].rewards.item()
+        if self.episode != episode:
+            finished.append(0.0)
+        newest[len(newest) + 1] = finished[-2] if len(finished) > 1 else None
+        return row
+
+    monkeypatch.setattr(td3_opt.Collector, "step", watch)
+    monkeypatch.setattr(td3_opt.Run, "LOG_FREQ", 1)
+    args = dict(env_id="InvertedPendulum-v5", offline_steps=2, online_steps=60, n_tau=20, n_pretrain=2, utd=1)
+    args |= dict(batch_size=16, eval_episodes=1, eval_freq=0, progress=False, device="cpu", dataset=str(pendulum_file))
+    td3_opt.train(Args(**args, run_dir=str(tmp_path / "run")))
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    curve = {event.step: event.value for event in events.Scalars("online/episode_return")}
+    assert len(finished) > 5 and curve == {key: value for key, value in newest.items() if value is not None}
 
 
 def test_same_seed_same_run_and_another_seed_another(whole, run, pendulum_file, tmp_path):
@@ -497,7 +530,7 @@ def test_video(run, pendulum_file, tmp_path):
     result = run(*SHORT, "--dataset", pendulum_file, "--run-dir", tmp_path / "run", "--capture-video")
     if renders():
         assert result.returncode == 0, result.stderr
-        (video,) = (tmp_path / "run").glob("*.mp4")
+        (video,) = (tmp_path / "run" / "video").glob("*.mp4")
         assert video.stat().st_size > 1_000
     else:  # it must say so before it trains
         assert result.returncode == 2 and "--capture-video" in result.stderr

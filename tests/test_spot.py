@@ -356,8 +356,12 @@ def test_when_it_evaluates_and_what_it_leaves(watched, tmp_path):
         ("--kl-weight is inf: write a number, 0 or more", {"kl_weight": float("inf")}),
     ],
 )
-def test_its_own_arguments(words, arguments, capsys):
-    with pytest.raises(SystemExit) as error:
+def test_its_own_arguments(words, arguments):
+    with pytest.raises(spot_opt.BadInput) as error:
         spot_opt.resolve(Args(**arguments))
-    message = capsys.readouterr().err
-    assert error.value.code == 2 and message == f"spot_opt.py: {words}\n"
+    assert str(error.value) == words
+
+
+@pytest.mark.parametrize("offline_steps, own, steps", [(1_000_000, None, 100_000), (5_000, None, 5_000), (5_000, 7, 7)])
+def test_a_short_run_has_a_short_vae(offline_steps, own, steps):
+    assert spot_opt.resolve(Args(offline_steps=offline_steps, vae_steps=own)).vae_steps == steps
