@@ -83,9 +83,7 @@ class Args:
     n_pretrain: int = 50_000  # gradient steps of online pre-training (Section 4.1)
     utd: int = 1  # gradient steps per environment step of online fine-tuning
     # OPT
-    kappa_init: float | None = (
-        None  # weight of Q_on, V_on in the policy at first; Table 15: random 1, medium 0.3, else 0.1
-    )
+    kappa_init: float | None = None  # weight of Q_on, V_on at first; Table 15: random 1, medium 0.3, else 0.1
     kappa_end: float | None = None  # weight of Q_on, V_on from kappa_decay steps on; Table 15: random 1, else 0.9
     kappa_decay: int | None = None  # T_decay, environment steps; 150,000, AntMaze 100,000 or 200,000, Adroit 250,000
     q_on_init: Literal["meta", "random", "online", "joint"] = "meta"  # Fig. 5: Eqs. 3, 8; nothing; B_on; Eq. 10

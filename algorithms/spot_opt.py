@@ -136,7 +136,7 @@ OFFLINE_ARGS = """env_id seed vae_steps offline_steps batch_size actor_learning_
     vae_learning_rate kl_weight lambda_init layer_norm gamma tau policy_frequency policy_noise noise_clip
     normalize_states""".split()  # what offline.pt depends on
 BOUNDS = {  # what an error says: (arguments, test)
-    "0 or more": ("vae_steps offline_steps online_steps n_tau n_pretrain eval_freq checkpoint_freq", lambda x: x >= 0),
+    "0 or more": ("offline_steps vae_steps online_steps n_tau n_pretrain eval_freq checkpoint_freq", lambda x: x >= 0),
     "a whole number from 0 to 4294967295": ("seed kappa_decay", lambda x: 0 <= x < 2**32),
     "1 or more": ("lambda_decay utd batch_size eval_episodes policy_frequency", lambda x: x >= 1),
     "a number from 0 to 1": ("kappa_init kappa_end lambda_end gamma online_gamma tau", lambda x: 0 <= x <= 1),

@@ -122,8 +122,8 @@ def test_tensorboard_curves(whole):
     assert scores == [(step, pytest.approx(value)) for step, value in online] and len(scores) == 4
     (arguments,) = events.Tensors("arguments/text_summary")
     assert b"|kappa_end|0.9|" in arguments.tensor_proto.string_val[0]
-    speed = {event.step: event.value for event in events.Scalars("train/steps_per_second")}
-    assert speed[60] == pytest.approx(float(rows(whole, "speed.csv")[0]["gradient_steps_per_second"]), rel=0.05)
+    speed = next(event.value for event in events.Scalars("train/steps_per_second") if event.step == 60)
+    assert speed == pytest.approx(float(rows(whole, "speed.csv")[0]["gradient_steps_per_second"]), rel=0.01)
 
 
 def test_the_curve_of_training_episodes(pendulum_file, tmp_path, monkeypatch):
@@ -142,7 +142,7 @@ def test_the_curve_of_training_episodes(pendulum_file, tmp_path, monkeypatch):
 
     monkeypatch.setattr(td3_opt.Collector, "step", watch)
     monkeypatch.setattr(td3_opt.Run, "LOG_FREQ", 1)
-    args = dict(env_id="InvertedPendulum-v5", offline_steps=2, online_steps=60, n_tau=20, n_pretrain=2, utd=1)
+    args = dict(env_id="InvertedPendulum-v5", offline_steps=2, online_steps=120, n_tau=20, n_pretrain=2, utd=1)
     args |= dict(batch_size=16, eval_episodes=1, eval_freq=0, progress=False, device="cpu", dataset=str(pendulum_file))
     td3_opt.train(Args(**args, run_dir=str(tmp_path / "run")))
     events = EventAccumulator(str(tmp_path / "run"))
@@ -562,7 +562,8 @@ def test_without_a_terminal_there_is_a_line_an_evaluation_and_one_at_the_end(run
     result = run(*arguments, *flags, "--dataset", pendulum_file, "--run-dir", tmp_path / "run")
     assert result.returncode == 0 and "100%" not in result.stderr
     scores = [float(row["return_mean"]) for row in rows(tmp_path / "run")]  # the task has no reference
-    lines = result.stdout.splitlines()
+    first, *lines = result.stdout.splitlines()
+    assert first.startswith(f"td3_opt.py: {tmp_path / 'run'}: 5,000 transitions from {pendulum_file}; on ")
     found = [re.fullmatch(r"(\w+) (\d+)/(\d+): score (\S+), \d+ steps/s, \d+ min left", line) for line in lines[:-1]]
     steps = [(match[1], int(match[2]), int(match[3])) for match in found]
     assert steps == [
@@ -575,7 +576,7 @@ def test_without_a_terminal_there_is_a_line_an_evaluation_and_one_at_the_end(run
         ("online_finetune", 50, 50),
     ]
     assert [match[4] for match in found] == [f"{score:.1f}" for score in scores[1:]]
-    assert lines[-1] == f"{tmp_path / 'run'}: score {scores[-1]:.1f}"
+    assert lines[-1] == f"{tmp_path / 'run'}: score {scores[-1]:.1f}, after 0 min"
 
 
 def test_help_shows_every_flag_with_its_default_in_the_group_it_belongs_to(run):
