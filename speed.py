@@ -262,7 +262,8 @@ def hours(ms: dict[str, float]) -> dict[str, float]:
     """Hours of gradient steps in a run of the whole protocol, from milliseconds a step."""
     found = {}
     for name in NAMES:
-        args = importlib.import_module(f"{name.lower()}_opt").Args()
+        script = importlib.import_module(f"{name.lower()}_opt")
+        args = script.resolve(script.Args())
         offline = args.offline_steps * ms[f"offline, {name}"]
         offline += args.vae_steps * ms["SPOT's VAE"] if name == "SPOT" else 0
         steps, step = args.online_steps * args.utd, f"fine-tuning, {name}"
