@@ -96,7 +96,9 @@ class Steps(NamedTuple):
     def of(cls, args: dict) -> "Steps":
         variant, opt, ablated = args["exp_name"], args["opt"], re.search(r"_n_tau_(\d+)$", args["exp_name"])
         n_tau = int(ablated[1]) if ablated else N_TAU
-        paper = {"vae_steps": VAE_STEPS, "n_tau": n_tau, "n_pretrain": 2 * n_tau, "utd": UTD.get(variant.split("_")[0])}
+        backbone = args.get("script", variant).split("_")[0]  # a name of one's own tells nothing
+        paper = {"n_tau": n_tau, "n_pretrain": 2 * n_tau, "utd": UTD.get(backbone)}
+        paper["vae_steps"] = min(VAE_STEPS, args["offline_steps"])
         own = {name: "paper" if args.get(name) == number else args.get(name) for name, number in paper.items()}
         offline = None if variant == "rlpd_vanilla" else args["offline_steps"]
         n_pretrain = own["n_pretrain"] if opt and args["q_on_init"] != "random" else None
@@ -518,7 +520,7 @@ def report(runs_folder: Path, out: Path) -> str:
                 text += f"![{table.title}, {kind}, steps {label}]({path.name})\n\n"
     speed = speed_rows(runs) if len(runs) else runs
     if len(speed):
-        text += "## Speed\n\nMedians over runs, without evaluation. `--offline-from` saves a run its offline phase.\n\n"
+        text += "## Speed\n\nMedians over runs, without evaluation; `hours_in_all` is their sum. `--offline-from` saves a run its offline phase.\n\n"
         text += markdown(speed.rename(columns=lambda name: name.replace("_", " "))) + "\n"
     csvs = {"scores": [row[1] for row in tables], "totals": [row[2] for row in tables], "speed": [speed]}
     for name, parts in csvs.items():

@@ -252,10 +252,19 @@ def test_the_mean_of_the_last_five_online_evaluations_stands_below(no_figures, t
     assert float(scores[0]["last_five_interval"]) == pytest.approx(25.4124, abs=1e-3)
 
 
+def test_a_name_of_ones_own_has_the_steps_of_its_script():
+    """UTD 1 is IQL's, and an offline phase of 5,000 steps has a VAE of as many: nothing in the label."""
+    args = dict(exp_name="td3_like", script="iql_opt.py", opt=False, q_on_init="meta", online_steps=300_000)
+    args |= dict(n_tau=25_000, n_pretrain=50_000, offline_steps=5_000, vae_steps=5_000, utd=1)
+    assert report.Steps.of(args).label("300,000") == "5,000 + 300,000"
+    assert report.Steps.of(args | dict(script="td3_opt.py")).label("300,000") == "5,000 + 300,000, UTD 1"
+    assert report.Steps.of(args | dict(vae_steps=100_000)).label("300,000") == "5,000 + 300,000, VAE 100,000"
+
+
 def test_tasks_with_other_vae_steps_are_other_rows_and_other_commits_are_named(no_figures, tmp_path):
     runs = tmp_path / "runs"
     write_run(runs, "spot", "antmaze-umaze-v2", 0, [0, 1], vae_steps=100_000, git_commit="a", eval_freq=5)
-    write_run(runs, "spot", "antmaze-umaze-v2", 1, [0, 1], vae_steps=100_000, script_blob="b", eval_freq=7, script="s")
+    write_run(runs, "spot", "antmaze-umaze-v2", 1, [0, 1], vae_steps=100_000, script_blob="b", eval_freq=7, script="spot_opt.py")
     write_run(runs, "spot", "antmaze-umaze-diverse-v2", 0, [0, 1], vae_steps=10)
     text, *_ = make(runs, tmp_path / "out")
     assert "| antmaze-umaze-v2 | 1,000,000 + 300,000 |" in text
