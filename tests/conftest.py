@@ -93,20 +93,23 @@ def take_phase(script, phase: str, variant: dict, device: str, steps: int = 200,
     columns = [rng.standard_normal((n, 11)), rng.uniform(-1, 1, (n, 3)), rng.standard_normal(n)]
     columns += [rng.standard_normal((n, 11)), np.zeros(n)]
     data = script.Transitions(*(np.asarray(column, np.float32) for column in columns))
-    args = {"vae_steps": steps // 4} if hasattr(script.Args, "vae_steps") else {}
-    args |= dict(offline_steps=steps, n_pretrain=steps, n_tau=100, online_steps=1_000, compile=compiled)
-    args |= dict(env_id="hopper-medium-v2", device="cpu")
+    args = dict(vae_steps=steps // 4, offline_steps=steps, n_pretrain=steps, n_tau=100, collect_steps=100)
+    args |= dict(online_steps=1_000, compile=compiled, env_id="hopper-medium-v2", device="cpu")
+    args = {name: value for name, value in args.items() if hasattr(script.Args, name)}
     args = script.resolve(script.Args(**(args | variant)))
-    before = args.n_tau if args.opt else getattr(args, "random_steps", 0)
+    opt = hasattr(args, "opt")
+    before = (args.n_tau if args.opt else getattr(args, "random_steps", 0)) if opt else args.collect_steps
     args.online_steps, args.device, device = before + steps // args.utd, device, torch.device(device)
-    policy = script.Policy(script.Agent(args, 11, 3, torch.device("cpu")).actor)  # acts; it learns nothing
+    acting = script.Agent(args, 11, 3, torch.device("cpu"))  # it learns nothing
+    policy = script.Policy(acting.actor if opt else acting.composite)
     policy.refresh = lambda: None
     buffer = script.ReplayBuffer(data, 200, device)
     for i in range(100):
         buffer.add(*(column[i] for column in data))
     agent = script.Agent(args, 11, 3, device)
     torch.manual_seed(1)
-    balanced = script.BalancedReplay(buffer, args.batch_size, device) if args.replay == "balanced" else None
+    with_balanced = opt and args.replay == "balanced"
+    balanced = script.BalancedReplay(buffer, args.batch_size, device) if with_balanced else None
     seen = []
 
     class FakeRun:
@@ -132,7 +135,7 @@ def take_phase(script, phase: str, variant: dict, device: str, steps: int = 200,
     elif phase == "online_pretrain":
         script.online_pretrain(args, FakeRun(), agent, buffer)
     else:
-        script.online_finetune(args, FakeRun(), agent, buffer, balanced, FakeCollector())
+        script.online_finetune(args, FakeRun(), agent, buffer, *([balanced] if opt else []), FakeCollector())
     return seen
 
 

@@ -9,6 +9,7 @@ import time
 import types
 
 import iql_opt
+import pex
 import pytest
 import rlpd_opt
 import spot_opt
@@ -19,12 +20,15 @@ from runs import run_killed_at, run_script, same_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-SCRIPTS = pytest.mark.parametrize("script", [td3_opt, spot_opt, iql_opt, rlpd_opt], ids=lambda s: s.__name__)
+OPT = (td3_opt, spot_opt, iql_opt, rlpd_opt)
+OTHERS = (pex,)  # without OPT's phase and arguments
+SCRIPTS = pytest.mark.parametrize("script", OPT + OTHERS, ids=lambda s: s.__name__)
 ALONE = {"kappa_init": 1.0, "kappa_end": 1.0}
 PHASES = [("offline", {}), ("online_finetune", {"opt": False}), ("online_finetune", ALONE)]
 PHASES += [("online_pretrain", {"q_on_init": kind}) for kind in ("meta", "online", "joint")]
 PHASES += [("online_pretrain", {"meta_second_order": True}), ("online_pretrain", {"q_on": False})]
 PHASES += [("online_finetune", {"replay": kind}) for kind in ("balanced", "online", "symmetric", "uniform")]
+COMPILED = [("offline", {}), ("online_pretrain", {}), ("online_finetune", {})]
 ON_CPU = torch.zeros(())
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "item")
 
@@ -48,8 +52,15 @@ class Guard(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@SCRIPTS
-@pytest.mark.parametrize("phase, variant", PHASES, ids=str)
+def cases(phases: list[tuple], others: tuple = ("offline", "online_finetune")) -> pytest.MarkDecorator:
+    """OPT's scripts in each of the phases and variants, the others in theirs."""
+    found = [(script, *phase) for phase in phases for script in OPT]
+    found += [(script, phase, {}) for script in OTHERS for phase in others]
+    ids = ["-".join([case[0].__name__, *map(str, case[1:])]) for case in found]
+    return pytest.mark.parametrize("script, phase, variant", found, ids=ids)
+
+
+@cases(PHASES)
 def test_a_step_never_waits_for_the_device(script, phase, variant, monkeypatch):
     guarded = []
 
@@ -97,8 +108,7 @@ class SinglePrecisionTemperature(rlpd_opt.Temperature):
         self.log_alpha.data = self.log_alpha.data.float()
 
 
-@SCRIPTS
-@pytest.mark.parametrize("phase, variant", [("offline", {}), ("online_pretrain", {}), ("online_finetune", {})], ids=str)
+@cases(COMPILED, others=("online_finetune",))
 def test_a_compiled_step_is_the_plain_one(script, phase, variant, monkeypatch):
     """200 steps of either in float64, where rounding stays small enough to tell an error from it."""
     tolerance = 1e-6
@@ -117,8 +127,10 @@ def test_a_compiled_step_is_the_plain_one(script, phase, variant, monkeypatch):
 
 @SCRIPTS
 def test_long_runs_are_compiled_where_that_works(script, monkeypatch, capsys):
+    first = {"n_tau": 100} if script in OPT else {"collect_steps": 100}
+
     def chosen(**arguments) -> bool:
-        return script.choose_compile(script.resolve(script.Args(device="cpu", n_tau=100, **arguments)))
+        return script.choose_compile(script.resolve(script.Args(device="cpu", **first, **arguments)))
 
     assert chosen() and not chosen(compile=False)
     args = {"online_steps": 1_000}
@@ -135,7 +147,7 @@ def test_long_runs_are_compiled_where_that_works(script, monkeypatch, capsys):
     message = capsys.readouterr().err
     assert "torch.compile fails here (RuntimeError: no compiler)" in message and message.count("\n") == 1
     assert not chosen(compile=False) and not chosen(offline_steps=70_000, **args) and capsys.readouterr().err == ""
-    with pytest.raises(td3_opt.BadInput, match=r"--compile fails here \(RuntimeError: no compiler\): mend that"):
+    with pytest.raises(script.BadInput, match=r"--compile fails here \(RuntimeError: no compiler\): mend that"):
         chosen(compile=True)
 
 
