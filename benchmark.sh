@@ -2,8 +2,8 @@
 # usage: bash benchmark.sh COMMAND [OPTIONS] [-- FLAGS FOR THE SCRIPTS]
 #
 # Tables of the paper (10 seeds):
-#   table1    TD3 and TD3+OPT, MuJoCo                table12   SPOT or TD3, IQL, and OPT on each, all 19 tasks
-#   table2    SPOT and SPOT+OPT, AntMaze             table13   RLPD, RLPD off-to-on, RLPD+OPT, all 19 tasks
+#   table1    PEX, TD3 and TD3+OPT, MuJoCo           table12   SPOT or TD3, IQL, and OPT on each, all 19 tasks
+#   table2    PEX, SPOT and SPOT+OPT, AntMaze        table13   RLPD, RLPD off-to-on, RLPD+OPT, all 19 tasks
 #   table3    SPOT and SPOT+OPT, Adroit
 # Ablations (5 seeds):
 #   ablation-kappa    Table 7       ablation-q-on     Table 11      ablation-n-tau   Table 10
@@ -18,6 +18,7 @@
 # Options of tables and ablations:
 #   --seeds N              seeds 0 to N-1; --seeds A-B: seeds A to B
 #   --env-ids "ID ..."     these tasks only
+#   --methods "NAME ..."   these columns only, by the name in a run's folder: pex, td3, td3_opt ...
 #   --offline-steps N      gradient steps of the offline phase; shortened runs get folders of their own
 #   --online-steps N       environment steps of the online phase (ablation-n-tau: of fine-tuning, N_tau is added)
 #   --jobs N               runs at a time (default 1); of a Slurm array: elements (default all)
@@ -41,54 +42,58 @@ antmaze-large-diverse-v2"
 adroit="pen-cloned-v1 hammer-cloned-v1 door-cloned-v1 relocate-cloned-v1"
 
 # A unit is the runs of one task and seed, a line each: folder and command. They share offline phases, one after another.
-add() { # BACKBONE VARIANT [FLAGS]: a run of the unit; the first after owner='' owns the offline phase of those that follow
+add() { # SCRIPT VARIANT [FLAGS]: a run of the unit; the first after owner='' owns the offline phase of those that follow
+    variants+=" $2"
+    [[ -z $methods || " $methods " == *" $2 "* ]] || return 0
     local offline=${offline-$offline_steps} online=${online-$online_steps} budget='' folder command
     [[ -z $offline_steps || $offline != "$offline_steps" ]] || budget+=_offline$offline
     [[ -z $online_steps ]] || budget+=_online$online
     folder=runs/${env_id//\//-}__$2__$seed${budget:+_$budget}
-    printf -v command '%q ' python "algorithms/$1_opt.py" --env-id "$env_id" --seed "$seed" --exp-name "$2" "${@:3}" \
+    printf -v command '%q ' python "algorithms/$1.py" --env-id "$env_id" --seed "$seed" --exp-name "$2" "${@:3}" \
         ${offline:+--offline-steps "$offline"} ${online:+--online-steps "$online"} ${budget:+--run-dir "$folder"} \
         ${owner:+--offline-from "$owner"} --resume --no-progress ${script_flags[@]+"${script_flags[@]}"}
     unit+=$folder\ ${command% }$'\n'
     owner=${owner:-$folder}
 }
 
-pair() { owner='' && add "$1" "$1" --no-opt && add "$1" "${1}_opt"; }
+pair() { owner='' && add "$1_opt" "$1" --no-opt && add "$1_opt" "$1_opt"; }
+baseline() { owner='' && add "$1" "$1"; }
 
 add_unit() { # the runs of one task and seed
     local unit='' owner='' backbone=td3 k n start
     case $env_id in antmaze-* | *-cloned-v1) backbone=spot ;; esac
     case $table in
-    table1) pair td3 ;;
-    table2 | table3) pair spot ;;
+    table1) baseline pex && pair td3 ;;
+    table2) baseline pex && pair spot ;;
+    table3) pair spot ;;
     table12) pair $backbone && pair iql ;;
-    table13) pair rlpd && owner='' offline=0 add rlpd rlpd_vanilla --no-opt ;;
+    table13) pair rlpd && owner='' offline=0 add rlpd_opt rlpd_vanilla --no-opt ;;
     ablation-kappa) # the first is the paper's schedule, 0.1 to 0.9
-        add spot spot_opt
-        for k in 0.8 0.7; do add spot spot_opt_kappa_end_$k --kappa-end $k; done
-        for k in 0 1 0.5; do add spot spot_opt_kappa_$k --kappa-init $k --kappa-end $k --kappa-decay 0; done
+        add spot_opt spot_opt
+        for k in 0.8 0.7; do add spot_opt spot_opt_kappa_end_$k --kappa-end $k; done
+        for k in 0 1 0.5; do add spot_opt spot_opt_kappa_$k --kappa-init $k --kappa-end $k --kappa-decay 0; done
         ;;
     ablation-init)
         [[ $env_id == antmaze-* ]] || backbone=td3
-        add $backbone ${backbone}_opt
+        add ${backbone}_opt ${backbone}_opt
         for start in random online joint; do
-            [[ $start-$backbone == joint-td3 ]] || add $backbone ${backbone}_opt_init_$start --q-on-init $start
+            [[ $start-$backbone == joint-td3 ]] || add ${backbone}_opt ${backbone}_opt_init_$start --q-on-init $start
         done
         ;;
-    ablation-q-on) add td3 td3_opt && add td3 td3_opt_no_q_on --no-q-on ;;
-    ablation-replay) add td3 td3_opt && add td3 td3_opt_replay_online --replay online ;;
+    ablation-q-on) add td3_opt td3_opt && add td3_opt td3_opt_no_q_on --no-q-on ;;
+    ablation-replay) add td3_opt td3_opt && add td3_opt td3_opt_replay_online --replay online ;;
     ablation-n-tau)
-        online=${online_steps:+$((online_steps + 25000))} add td3 td3_opt # N_tau 25,000
+        online=${online_steps:+$((online_steps + 25000))} add td3_opt td3_opt # N_tau 25,000
         for n in 6250 12500 50000 100000; do
-            online=$((${online_steps:-275000} + n)) add td3 td3_opt_n_tau_$n --n-tau $n --n-pretrain $((2 * n))
+            online=$((${online_steps:-275000} + n)) add td3_opt td3_opt_n_tau_$n --n-tau $n --n-pretrain $((2 * n))
         done
         ;;
     esac
-    units+=("${unit%$'\n'}")
+    [[ -z $unit ]] || units+=("${unit%$'\n'}")
 }
 
 plan() { # TABLE OPTIONS: makes the units
-    table=$1 seeds=10 jobs='' env_ids='' offline_steps='' online_steps='' action=run_all steps='' script_flags=() units=()
+    table=$1 seeds=10 jobs='' env_ids='' offline_steps='' online_steps='' methods='' variants='' action=run_all steps='' script_flags=() units=()
     local name flag number='^(0|[1-9][0-9]*)$' range='^([1-9][0-9]*|(0|[1-9][0-9]*)-(0|[1-9][0-9]*))$'
     local tasks set_here='opt$|q-on|kappa-|replay|env-id|seed|exp-name|run-dir|offline-(from|steps)|online-steps|no-resume'
     case $table in
@@ -105,11 +110,11 @@ plan() { # TABLE OPTIONS: makes the units
         case $1 in
         --dry-run | --slurm) action=${1#--} ;;
         --) script_flags=("${@:2}") && break ;;
-        --seeds | --jobs | --env-ids | --offline-steps | --online-steps)
+        --seeds | --jobs | --env-ids | --methods | --offline-steps | --online-steps)
             [[ ${2:-} == *[![:space:]]* ]] || refuse "$1 needs a value"
             name=${1#--}
             printf -v "${name//-/_}" %s "$2"
-            [[ $1 != *-steps ]] || steps+=" $1 $2"
+            [[ $1 != *-steps && $1 != --methods ]] || printf -v steps '%s %s %q' "$steps" "$1" "$2"
             shift
             ;;
         *) refuse "unknown option '$1'; $see (flags for the scripts go after --)" ;;
@@ -130,6 +135,10 @@ plan() { # TABLE OPTIONS: makes the units
     ((last >= first)) || refuse "--seeds $seeds: the last is less than the first"
     for ((seed = first; seed <= last; seed++)); do
         for env_id in $env_ids; do add_unit; done
+    done
+    for name in $methods; do
+        [[ " $variants " == *" $name "* ]] ||
+            refuse "--methods $name: $table has $(tr ' ' '\n' <<<"${variants# }" | sort -u | paste -sd ' ' -)"
     done
 }
 

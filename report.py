@@ -42,9 +42,9 @@ INIT_ANTMAZE = {"spot_opt": "SPOT+OPT", "spot_opt_init_random": "random init", "
 INIT_ANTMAZE |= {"spot_opt_init_joint": "B_off and B_on"}
 N_TAUS = {f"td3_opt_n_tau_{n}" if n != 25_000 else "td3_opt": f"N_tau {n}" for n in (6250, 12500, 25000, 50000, 100000)}
 TABLES = {  # name: (title, number in the paper, columns)
-    "table1": ("Table 1: TD3, MuJoCo", 1, TD3),
-    "table2": ("Table 2: SPOT, AntMaze", 2, SPOT),
-    "table3": ("Table 3: SPOT, Adroit", 3, SPOT),
+    "table1": ("Table 1: MuJoCo", 1, {"pex": "PEX"} | TD3),
+    "table2": ("Table 2: AntMaze", 2, {"pex": "PEX"} | SPOT),
+    "table3": ("Table 3: Adroit", 3, SPOT),
     "table12-mujoco": ("Table 12: TD3 and IQL, MuJoCo", 12, TD3 | IQL),
     "table12-others": ("Table 12: SPOT and IQL, AntMaze and Adroit", 12, SPOT | IQL),
     "table13": ("Table 13: RLPD", 13, {"rlpd_vanilla": "RLPD", "rlpd": "RLPD off-to-on", "rlpd_opt": "RLPD+OPT"}),
@@ -55,8 +55,8 @@ TABLES = {  # name: (title, number in the paper, columns)
     "ablation-n-tau": ("Table 10: N_tau, with N_pretrain = 2 N_tau and as many fine-tuning steps", 10, N_TAUS),
     "ablation-q-on": ("Table 11: without Q_on", 11, {"td3_opt": "TD3+OPT", "td3_opt_no_q_on": "without Q_on"}),
 }
-UTD, N_TAU, VAE_STEPS = {"td3": 5, "spot": 1, "iql": 1, "rlpd": 20}, 25_000, 100_000
-NEEDED = "env_id exp_name seed opt offline_steps online_steps n_tau n_pretrain q_on_init utd device_name threads"
+UTD, N_TAU, VAE_STEPS = {"td3": 5, "spot": 1, "iql": 1, "rlpd": 20, "pex": 1}, 25_000, 100_000
+NEEDED = "env_id exp_name seed offline_steps online_steps utd device_name threads"
 # Arguments in which the runs of one cell may differ.
 BOOKKEEPING = "seed exp_name script run_dir device offline_from checkpoint_freq resume save_model snapshots track"
 BOOKKEEPING += " capture_video progress wandb_project_name wandb_entity wandb_id versions device_name threads"
@@ -94,9 +94,9 @@ class Steps(NamedTuple):
 
     @classmethod
     def of(cls, args: dict) -> "Steps":
-        variant, opt, ablated = args["exp_name"], args["opt"], re.search(r"_n_tau_(\d+)$", args["exp_name"])
+        variant, opt, ablated = args["exp_name"], args.get("opt"), re.search(r"_n_tau_(\d+)$", args["exp_name"])
         n_tau = int(ablated[1]) if ablated else N_TAU
-        backbone = args.get("script", variant).split("_")[0]  # a name of one's own tells nothing
+        backbone = re.split("[_.]", args.get("script", variant))[0]  # a name of one's own tells nothing
         paper = {"n_tau": n_tau, "n_pretrain": 2 * n_tau, "utd": UTD.get(backbone)}
         paper["vae_steps"] = min(VAE_STEPS, args["offline_steps"])
         own = {name: "paper" if args.get(name) == number else args.get(name) for name, number in paper.items()}
@@ -136,7 +136,8 @@ def read_run(folder: Path, notes: list[str]) -> dict:
         raise ValueError(f"args.json has no {', '.join(missing)}")
     variant, init = args["exp_name"], re.search(r"_init_(\w+)$", args["exp_name"])
     named = {"opt": "_opt" in variant, "q_on": "_no_q_on" not in variant, "q_on_init": init[1] if init else "meta"}
-    wrong = [f"{k} = {args[k]}" for k, v in named.items() if (k == "opt" or args["opt"]) and args.get(k, v) != v]
+    opt = args.get("opt", False)  # a method without OPT has no such argument
+    wrong = [f"{k} = {args[k]}" for k, v in named.items() if (k == "opt" or opt) and args.get(k, v) != v]
     if wrong and any(variant in headings for _, _, headings in TABLES.values()):  # one's own name promises nothing
         notes.append(f"{folder}: named {variant}, but its args.json says {', '.join(wrong)}")
     evals = read_csv(folder / "evals.csv", ["env_steps", "normalized_score", "return_mean"], notes)
@@ -199,6 +200,7 @@ def make_tables(runs: pd.DataFrame) -> Iterator[Table]:
             mine = runs[runs.variant.isin(headings) & runs.task.isin(tasks)]
             new = set(mine.steps[~mine.index.isin(shown)])
             mine = mine.loc[[any(a.has_place_for(b) or b.has_place_for(a) for b in new) for a in mine.steps]]
+            headings = {variant: heading for variant, heading in headings.items() if variant in set(mine.variant)}
         else:
             headings, tasks = {variant: variant for variant in sorted(set(mine.variant))}, sorted(set(mine.task))
             scores = {(variant, task): (math.nan, math.nan) for variant in headings for task in tasks}
@@ -362,7 +364,7 @@ def draw_curves(table: Table, runs: pd.DataFrame, path: Path) -> Path:
             common = pd.concat(list(seeds.curve), axis=1, join="inner")
             mean, band = common.mean(axis=1), common.apply(half_interval, axis=1).fillna(0)
             handles[label] = draw_line(axis, mean, mean - band, mean + band, style)
-            if args["opt"]:  # in N_tau's ablation each its own, in the style of its curve
+            if args.get("opt"):  # in N_tau's ablation each its own, in the style of its curve
                 own = {name: style[name] for name in ("color", "linestyle") if table.name == "ablation-n-tau"}
                 n_tau["N_tau"] = axis.axvline(args["n_tau"] / 1000, **LANDMARK | own)
     for task, axis in panels.items():  # of few seeds the band can be many times as wide as all scores: cut it off
@@ -520,7 +522,8 @@ def report(runs_folder: Path, out: Path) -> str:
                 text += f"![{table.title}, {kind}, steps {label}]({path.name})\n\n"
     speed = speed_rows(runs) if len(runs) else runs
     if len(speed):
-        text += "## Speed\n\nMedians over runs, without evaluation; `hours_in_all` is their sum. `--offline-from` saves a run its offline phase.\n\n"
+        text += "## Speed\n\nMedians over runs, without evaluation (`hours_in_all`: the sum over runs). "
+        text += "`--offline-from` saves a run its offline phase.\n\n"
         text += markdown(speed.rename(columns=lambda name: name.replace("_", " "))) + "\n"
     csvs = {"scores": [row[1] for row in tables], "totals": [row[2] for row in tables], "speed": [speed]}
     for name, parts in csvs.items():

@@ -22,8 +22,8 @@ import report
 
 MUJOCO, ANTMAZE, ADROIT = 9, 6, 4
 COUNTS = {
-    "table1": MUJOCO * 2 * 10,
-    "table2": ANTMAZE * 2 * 10,
+    "table1": MUJOCO * 3 * 10,
+    "table2": ANTMAZE * 3 * 10,
     "table3": ADROIT * 2 * 10,
     "table12": (MUJOCO + ANTMAZE + ADROIT) * 4 * 10,
     "table13": (MUJOCO + ANTMAZE + ADROIT) * 3 * 10,
@@ -33,6 +33,9 @@ COUNTS = {
     "ablation-replay": MUJOCO * 2 * 5,
     "ablation-n-tau": MUJOCO * 5 * 5,
 }
+
+
+PAIR = ("table1", "--methods", "td3 td3_opt")
 
 
 @pytest.fixture
@@ -71,14 +74,14 @@ def test_tables_are_plain_commands(table):
     commands = dry_run(table)
     assert len(commands) == COUNTS[table] == len(set(map(folder_of, commands)))
     if table == "table1":
-        assert len(dry_run(table, "--seeds", "10")) == 180
+        assert len(dry_run(table, "--seeds", "10")) == 270
 
     seeds = "10" if table.startswith("table") else "5"
     assert {values(command)["--seed"] for command in commands} == set(map(str, range(int(seeds))))
     before = {}
     for command in commands:
         words = shlex.split(command)
-        assert words[0] == "python" and re.fullmatch(r"algorithms/(td3|spot|iql|rlpd)_opt\.py", words[1])
+        assert words[0] == "python" and re.fullmatch(r"algorithms/(pex|(td3|spot|iql|rlpd)_opt)\.py", words[1])
         owner = values(command).get("--offline-from")
         if owner:  # it comes earlier, and is the same script, task and seed
             other = before[owner]
@@ -113,6 +116,9 @@ def test_every_command_parses():
         args = tyro.cli(importlib.import_module(Path(script).stem).Args, args=flags)
         given = values(command)
         assert args.env_id == given["--env-id"] and args.resume and not args.progress
+        if not script.endswith("_opt.py"):
+            assert args.exp_name == Path(script).stem and args.online_steps == 300_000
+            continue
         assert args.opt == ("_opt" in args.exp_name) == ("--no-opt" not in flags)
         assert args.q_on == ("no_q_on" not in args.exp_name)
         start, replay, kappa, n_tau = (
@@ -142,6 +148,18 @@ def test_tables_can_be_narrowed_and_shortened():
     assert sorted(int(values(c)["--online-steps"]) - int(values(c).get("--n-tau", 25_000)) for c in n_tau) == [100] * 5
 
 
+def test_tables_can_be_narrowed_to_methods(folder):
+    """TD3+OPT without TD3 has an offline phase of its own; the job array and the pasted commands are the same."""
+    narrow = ("table1", "--env-ids", "hopper-random-v2", "--seeds", 1, "--methods", "pex td3_opt")
+    commands = dry_run(*narrow)
+    assert [values(command)["--exp-name"] for command in commands] == ["pex", "td3_opt"]
+    assert not any("--offline-from" in command for command in commands)
+    (folder / "job.slurm").write_text(benchmark(folder, *narrow, "--slurm").stdout)
+    environment = os.environ | {"SLURM_ARRAY_TASK_ID": "0"}
+    output = subprocess.check_output(["bash", folder / "job.slurm", "--dry-run"], env=environment, text=True)
+    assert output.splitlines() == commands
+
+
 def test_the_slurm_array_has_the_same_commands(folder):
     options = ["table13", "--env-ids", "pen-cloned-v1 hopper-random-v2", "--seeds", "3-4", "--online-steps", 20]
     extra = ["--", "--n-tau", 4, "--dataset", "a b.hdf5"]
@@ -169,6 +187,7 @@ def test_usage_and_bad_input():
         "table1 --sedes 3": "unknown option '--sedes'",
         "table1 3": "unknown option '3'",
         "table1 --seeds": "needs a value",
+        "table1 --methods sac": "--methods sac: table1 has pex td3 td3_opt",
         "table1 --seeds 0": "--seeds 0",
         "table1 --seeds 08-09": "--seeds 08-09",
         "table1 -- --no-opt": "--no-opt",
@@ -234,7 +253,7 @@ def test_units_go_side_by_side_and_share_gpus(folder, stand_in, bsd, gpus):
     """A unit's runs go one after the other, the owner of the offline phase first."""
     if bsd:
         write_program(folder / "bin" / "xargs", BSD_XARGS)
-    narrow = ("table1", "--env-ids", "A-v0", "--seeds", 3, "--jobs", 3)
+    narrow = (*PAIR, "--env-ids", "A-v0", "--seeds", 3, "--jobs", 3)
     result = benchmark(folder, *narrow, CUDA_VISIBLE_DEVICES="4,7", **stand_in)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "6 of 6 runs are complete, 0 failed" in result.stdout
@@ -254,7 +273,7 @@ def test_units_go_side_by_side_and_share_gpus(folder, stand_in, bsd, gpus):
 
 
 def test_a_failure_is_reported_and_tried_again(folder, stand_in):
-    narrow = ("table1", "--env-ids", "A-v0", "--seeds", 2, "--jobs", 2)
+    narrow = (*PAIR, "--env-ids", "A-v0", "--seeds", 2, "--jobs", 2)
     result = benchmark(folder, *narrow, FAILING="td3-1", **stand_in)
     assert result.returncode == 1 and "2 of 4 runs are complete, 2 failed" in result.stdout
     assert "failed: runs/A-v0__td3__1/benchmark.log: exit 1: td3-1: cannot" in result.stdout
@@ -269,7 +288,7 @@ def test_a_failure_is_reported_and_tried_again(folder, stand_in):
 def test_what_the_shell_cannot_write_fails_alone(folder, stand_in):
     (folder / "runs" / "A-v0__td3__1" / "benchmark.log").mkdir(parents=True)
     (folder / "runs" / "A-v0__td3__2").touch()
-    result = benchmark(folder, "table1", "--env-ids", "A-v0", "--seeds", 3, "--jobs", 2, **stand_in)
+    result = benchmark(folder, *PAIR, "--env-ids", "A-v0", "--seeds", 3, "--jobs", 2, **stand_in)
     assert result.returncode == 1 and "2 of 6 runs are complete, 4 failed" in result.stdout
     assert [name + seed for _, what, name, seed, *_ in events(folder) if what == "start"] == ["td30", "td3_opt0"]
     failed = [line for line in result.stdout.splitlines() if line.startswith("failed: ")]
@@ -278,16 +297,16 @@ def test_what_the_shell_cannot_write_fails_alone(folder, stand_in):
 
 
 def test_nobody_reads_on(folder, stand_in):
-    command = "bash benchmark.sh table1 --env-ids A-v0 --seeds 1 | true"
+    command = "bash benchmark.sh table1 --methods 'td3 td3_opt' --env-ids A-v0 --seeds 1 | true"
     subprocess.run(["bash", "-c", command], cwd=folder, env=os.environ | stand_in, check=True)
     assert [what for _, what, *_ in events(folder)] == ["start", "end"] * 2
 
 
 def test_tables_share_their_finished_runs(folder, stand_in):
     narrow = ("--env-ids", "A-v0", "--seeds", 1)
-    assert benchmark(folder, "table1", *narrow, **stand_in).returncode == 0
+    assert benchmark(folder, *PAIR, *narrow, **stand_in).returncode == 0
     for table, before in (("ablation-q-on", 1), ("ablation-n-tau", 1), ("table1", 2)):
-        result = benchmark(folder, table, *narrow, **stand_in)
+        result = benchmark(folder, *(PAIR if table == "table1" else [table]), *narrow, **stand_in)
         assert result.returncode == 0 and f" 0 failed; {before} were complete before" in result.stdout
     starts = Counter(name for _, what, name, *_ in events(folder) if what == "start")
     assert starts["td3"] == starts["td3_opt"] == 1 and len(starts) == 7
@@ -304,7 +323,7 @@ def from_a_terminal() -> None:
 
 def start_table(folder: Path, options: str, environment: dict[str, str], **how) -> subprocess.Popen:
     clean = {key: value for key, value in os.environ.items() if key != "SLURM_JOB_ID"}
-    command = ["bash", "benchmark.sh", "table1", "--jobs", "2", *options.split()]
+    command = ["bash", "benchmark.sh", *PAIR, "--jobs", "2", *options.split()]
     return subprocess.Popen(
         command,
         cwd=folder,

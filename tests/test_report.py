@@ -264,7 +264,17 @@ def test_a_name_of_ones_own_has_the_steps_of_its_script():
 def test_tasks_with_other_vae_steps_are_other_rows_and_other_commits_are_named(no_figures, tmp_path):
     runs = tmp_path / "runs"
     write_run(runs, "spot", "antmaze-umaze-v2", 0, [0, 1], vae_steps=100_000, git_commit="a", eval_freq=5)
-    write_run(runs, "spot", "antmaze-umaze-v2", 1, [0, 1], vae_steps=100_000, script_blob="b", eval_freq=7, script="spot_opt.py")
+    write_run(
+        runs,
+        "spot",
+        "antmaze-umaze-v2",
+        1,
+        [0, 1],
+        vae_steps=100_000,
+        script_blob="b",
+        eval_freq=7,
+        script="spot_opt.py",
+    )
     write_run(runs, "spot", "antmaze-umaze-diverse-v2", 0, [0, 1], vae_steps=10)
     text, *_ = make(runs, tmp_path / "out")
     assert "| antmaze-umaze-v2 | 1,000,000 + 300,000 |" in text
