@@ -93,20 +93,24 @@ def take_phase(script, phase: str, variant: dict, device: str, steps: int = 200,
     columns = [rng.standard_normal((n, 11)), rng.uniform(-1, 1, (n, 3)), rng.standard_normal(n)]
     columns += [rng.standard_normal((n, 11)), np.zeros(n)]
     data = script.Transitions(*(np.asarray(column, np.float32) for column in columns))
-    args = {"vae_steps": steps // 4} if hasattr(script.Args, "vae_steps") else {}
-    args |= dict(offline_steps=steps, n_pretrain=steps, n_tau=100, online_steps=1_000, compile=compiled)
-    args |= dict(env_id="hopper-medium-v2", device="cpu")
+    args = dict(vae_steps=steps // 4, offline_steps=steps, n_pretrain=steps, n_tau=100, online_steps=1_000)
+    args |= dict(compile=compiled, env_id="hopper-medium-v2", device="cpu")
+    args = {name: value for name, value in args.items() if hasattr(script.Args, name)}
     args = script.resolve(script.Args(**(args | variant)))
-    before = args.n_tau if args.opt else getattr(args, "random_steps", 0)
+    opt = hasattr(args, "opt")
+    before = (args.n_tau if args.opt else getattr(args, "random_steps", 0)) if opt else 0
     args.online_steps, args.device, device = before + steps // args.utd, device, torch.device(device)
     policy = script.Policy(script.Agent(args, 11, 3, torch.device("cpu")).actor)  # acts; it learns nothing
     policy.refresh = lambda: None
-    buffer = script.ReplayBuffer(data, 200, device)
+    buffer = script.ReplayBuffer(data, 400, device)
     for i in range(100):
         buffer.add(*(column[i] for column in data))
     agent = script.Agent(args, 11, 3, device)
     torch.manual_seed(1)
-    balanced = script.BalancedReplay(buffer, args.batch_size, device) if args.replay == "balanced" else None
+    balanced = script.BalancedReplay(buffer, args.batch_size, device) if opt and args.replay == "balanced" else None
+    returns = [script.Returns(args, data, buffer)] if hasattr(script, "Returns") else []
+    if returns and device.type == "meta":
+        returns[0].end_episode = lambda steps: None  # it reads rewards
     seen = []
 
     class FakeRun:
@@ -123,16 +127,17 @@ def take_phase(script, phase: str, variant: dict, device: str, steps: int = 200,
 
     class FakeCollector:
         observation = torch.tensor(data.observations[0], dtype=torch.get_default_dtype()).numpy()
+        episode_steps = 0
 
         def step(self, action):
             return buffer.add(*(column[0] for column in data))
 
     if phase == "offline":
-        script.offline_pretrain(args, FakeRun(), agent, buffer)
+        script.offline_pretrain(args, FakeRun(), agent, buffer, *returns)
     elif phase == "online_pretrain":
         script.online_pretrain(args, FakeRun(), agent, buffer)
     else:
-        script.online_finetune(args, FakeRun(), agent, buffer, balanced, FakeCollector())
+        script.online_finetune(args, FakeRun(), agent, buffer, *([balanced] if opt else returns), FakeCollector())
     return seen
 
 

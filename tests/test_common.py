@@ -19,8 +19,7 @@ from conftest import ROOT
 from runs import rows, run_killed_at, same_weights, timeless
 from test_goal_tasks import Walk, collect
 
-ALL = sorted((ROOT / "algorithms").glob("*.py"))
-SCRIPTS = [path for path in ALL if path.name.endswith("_opt.py")]
+SCRIPTS = sorted((ROOT / "algorithms").glob("*.py"))
 every_script = pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 BANNER = "#" * 120 + "\n# The same text in every script from here on"
 
@@ -33,6 +32,7 @@ OWN = {
     "spot_opt": {"PHASES", "EnsembleLayerNorm", "policy_loss", "train"},
     "iql_opt": {"reward_transform"},
     "rlpd_opt": {"check", "train"},
+    "cal_ql": {"PHASES", "check", "reward_transform", "train"},
 }
 
 
@@ -60,8 +60,8 @@ def definitions(source: str) -> dict[str, str]:
 
 
 def test_the_second_part_is_the_same_in_every_script_and_knows_nothing_of_opt():
-    first, *others = [parts(path)[1].encode() for path in ALL]
-    assert others and [path.name for path, other in zip(ALL[1:], others, strict=True) if other != first] == []
+    first, *others = [parts(path)[1].encode() for path in SCRIPTS]
+    assert others and [path.name for path, other in zip(SCRIPTS[1:], others, strict=True) if other != first] == []
     assert {"ReplayBuffer", "load_dataset", "make_env", "evaluate", "resolve", "Run"} <= definitions(
         first.decode()
     ).keys()
@@ -73,7 +73,9 @@ def test_what_first_parts_call_by_one_name_is_the_same_text():
     found = {path.stem: definitions(parts(path)[0]) for path in SCRIPTS}
     for a, b in itertools.combinations(found, 2):
         common = (found[a].keys() & found[b].keys()) - DIFFERENT - OWN.get(a, set()) - OWN.get(b, set())
-        assert {"kappa_schedule", "meta_adaptation_loss", "SumTree", "BalancedReplay", "EnsembleLinear"} <= common
+        assert {"EnsembleLinear", "make_adam", "minimize", "soft_update"} <= common
+        if a.endswith("_opt") and b.endswith("_opt"):
+            assert {"kappa_schedule", "meta_adaptation_loss", "SumTree", "BalancedReplay"} <= common
         assert [name for name in sorted(common) if found[a][name] != found[b][name]] == [], (a, b)
 
 
@@ -90,11 +92,11 @@ def imported(path: Path) -> set[str]:
 
 
 def test_scripts_import_packages_only():
-    for path in ALL:
-        assert not imported(path) & ({script.stem for script in ALL} | {"tests", "algorithms", "report", "speed"})
+    for path in SCRIPTS:
+        assert not imported(path) & ({script.stem for script in SCRIPTS} | {"tests", "algorithms", "report", "speed"})
 
 
-@pytest.mark.parametrize("path", ALL, ids=lambda path: path.name)
+@every_script
 def test_a_script_names_what_it_needs_with_the_pins_of_requirements_txt(path):
     """For `uv run` of the file alone; every package for the scripts is in both."""
     (block,) = re.findall(r"(?m)^# /// script\n((?:#(?:| .*)\n)+?)# ///$", path.read_text())
@@ -126,10 +128,12 @@ def test_no_number_may_be_negative(path, capsys):
     script = importlib.import_module(path.stem)
     kinds = {field.name: set(field.type.split(" | ")) for field in dataclasses.fields(script.Args)}
     numbers = [name for name, kind in kinds.items() if {"int", "float"} & kind]
-    assert {"offline_steps", "batch_size", "kappa_end", "meta_lr"} <= set(numbers)
+    assert {"offline_steps", "batch_size", "gamma", "tau"} <= set(numbers)
+    assert {"kappa_end", "meta_lr"} <= set(numbers) or not path.stem.endswith("_opt")
     for name in numbers:
+        vanilla = {"opt": False} if name == "random_steps" else {}
         with pytest.raises(SystemExit) as error:
-            script.resolve(script.Args(**{name: -1, "opt": name != "random_steps"}))
+            script.resolve(script.Args(**{name: -1} | vanilla))
         flag = f"--{name.replace('_', '-')}"
         assert error.value.code == 2 and capsys.readouterr().err.startswith(f"{path.name}: {flag} is -1: write "), name
 
@@ -166,14 +170,16 @@ def test_bounds_of_one_argument_are_the_same_in_every_script(path):
 
     one, other = bounds(script), bounds(td3)
     common = one.keys() & other.keys()
-    assert {"seed", "utd", "batch_size", "n_tau", "kappa_init", "gamma", "tau", "meta_lr", "eval_freq"} <= common
+    assert {"seed", "utd", "batch_size", "gamma", "tau", "eval_freq"} <= common
+    assert {"n_tau", "kappa_init", "meta_lr"} <= common or not path.stem.endswith("_opt")
     assert {name: one[name] for name in common} == {name: other[name] for name in common}
 
 
 # Runs of every script but td3_opt.py, whose are in test_run.py: the arguments, and the step of each phase at which the
 # run is killed. Checkpoints are written every 5 gradient steps.
-SHORT = "--offline-steps 24 --online-steps 60 --n-tau 30 --n-pretrain 16 --batch-size 16 --eval-episodes 1".split()
-SHORT += "--eval-freq 20 --checkpoint-freq 5 --no-progress".split()
+SHORT = "--offline-steps 24 --online-steps 60 --batch-size 16 --eval-episodes 1 --eval-freq 20".split()
+SHORT += "--checkpoint-freq 5 --no-progress".split()
+SHORT_OPT = "--n-tau 30 --n-pretrain 16".split()
 SPOT, IQL, RLPD = (f"{name}_opt --env-id InvertedPendulum-v5" for name in ("spot", "iql", "rlpd"))
 RUNS = (SPOT + " --vae-steps 12", IQL + " --dropout 0.1", RLPD + " --utd 2 --offline-utd 2")
 TUNING = {"online_finetune": 21}
@@ -186,6 +192,8 @@ KILLED |= {
 }
 KILLED |= {RLPD + " --utd 2 --no-opt": TUNING}
 KILLED |= {RLPD + " --utd 2 --no-opt --offline-steps 0 --random-steps 20": ACTING}
+KILLED |= {"cal_ql --env-id InvertedPendulum-v5 --lagrange --max-backup --utd 2": {"offline": 13} | TUNING}
+KILLED |= {"cal_ql --env-id antmaze-umaze-v2 --cql-actions 2": {"online_finetune": 43}}
 
 
 @pytest.fixture
@@ -195,7 +203,9 @@ def train(home, pendulum_file, tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "store"))
 
     def train(command: str, name: str, *more, kill: tuple | None = None) -> Path:
-        script, *arguments = [*command.split(), *SHORT, *map(str, more), "--run-dir", str(tmp_path / name)]
+        script, *arguments = [*command.split(), *SHORT]
+        arguments += SHORT_OPT if script.endswith("_opt") else []
+        arguments += [*map(str, more), "--run-dir", str(tmp_path / name)]
         if "InvertedPendulum-v5" in arguments:
             arguments += ["--dataset", str(pendulum_file)]
         if kill:

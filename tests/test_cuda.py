@@ -5,11 +5,11 @@ import types
 
 import iql_opt
 import pytest
-import rlpd_opt
 import spot_opt
 import td3_opt
 import torch
 from conftest import losses_of, take_phase
+from test_device import cases
 
 
 def test_every_step_is_taken_once(monkeypatch):
@@ -64,8 +64,7 @@ CASES = [
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("phase, variant", CASES, ids=str)
-@pytest.mark.parametrize("script", [td3_opt, spot_opt, iql_opt, rlpd_opt], ids=lambda script: script.__name__)
+@cases(CASES)
 def test_cuda_graphs_equal_the_plain_code(script, phase, variant, monkeypatch):
     plain, graphs = (phase_losses(script, phase, variant, graphs, False, monkeypatch) for graphs in (False, True))
     assert len(plain) == len(graphs) >= 10

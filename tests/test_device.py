@@ -8,6 +8,7 @@ import sys
 import time
 import types
 
+import cal_ql
 import iql_opt
 import pytest
 import rlpd_opt
@@ -19,12 +20,15 @@ from runs import run_killed_at, run_script, same_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-SCRIPTS = pytest.mark.parametrize("script", [td3_opt, spot_opt, iql_opt, rlpd_opt], ids=lambda s: s.__name__)
+OPT = (td3_opt, spot_opt, iql_opt, rlpd_opt)
+OTHERS = {cal_ql: {"lagrange": True, "max_backup": True, "gap_clip": 200.0}}  # without OPT's phase, and their variant
+SCRIPTS = pytest.mark.parametrize("script", (*OPT, *OTHERS), ids=lambda s: s.__name__)
 ALONE = {"kappa_init": 1.0, "kappa_end": 1.0}
 PHASES = [("offline", {}), ("online_finetune", {"opt": False}), ("online_finetune", ALONE)]
 PHASES += [("online_pretrain", {"q_on_init": kind}) for kind in ("meta", "online", "joint")]
 PHASES += [("online_pretrain", {"meta_second_order": True}), ("online_pretrain", {"q_on": False})]
 PHASES += [("online_finetune", {"replay": kind}) for kind in ("balanced", "online", "symmetric", "uniform")]
+COMPILED = [("offline", {}), ("online_pretrain", {}), ("online_finetune", {})]
 ON_CPU = torch.zeros(())
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "item")
 
@@ -48,8 +52,15 @@ class Guard(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@SCRIPTS
-@pytest.mark.parametrize("phase, variant", PHASES, ids=str)
+def cases(phases: list[tuple], others: tuple = ("offline", "online_finetune")) -> pytest.MarkDecorator:
+    """OPT's scripts in each of the phases and variants, the others in theirs."""
+    found = [(script, *phase) for phase in phases for script in OPT]
+    found += [(script, phase, variant) for script, variant in OTHERS.items() for phase in others]
+    ids = ["-".join([case[0].__name__, *map(str, case[1:])]) for case in found]
+    return pytest.mark.parametrize("script, phase, variant", found, ids=ids)
+
+
+@cases(PHASES)
 def test_a_step_never_waits_for_the_device(script, phase, variant, monkeypatch):
     guarded = []
 
@@ -89,22 +100,29 @@ def test_the_guard_sees_what_it_is_for(step, word):
             step(x)
 
 
-class SinglePrecisionTemperature(rlpd_opt.Temperature):
+def in_single_precision(network: type) -> type:
     """PyTorch 2.13 compiles no change of a CPU tensor that is a single number in float64."""
 
-    def __init__(self):
-        super().__init__()
-        self.log_alpha.data = self.log_alpha.data.float()
+    class SinglePrecision(network):
+        def __init__(self):
+            super().__init__()
+            self.float()
+
+    return SinglePrecision
 
 
-@SCRIPTS
-@pytest.mark.parametrize("phase, variant", [("offline", {}), ("online_pretrain", {}), ("online_finetune", {})], ids=str)
+@cases(COMPILED, others=("online_finetune",))
 def test_a_compiled_step_is_the_plain_one(script, phase, variant, monkeypatch):
     """200 steps of either in float64, where rounding stays small enough to tell an error from it."""
     tolerance = 1e-6
+    for name in ("Temperature", "Multiplier"):
+        if hasattr(script, name):
+            monkeypatch.setattr(script, name, in_single_precision(getattr(script, name)))
+            tolerance = 1e-3
     if script is rlpd_opt:
-        monkeypatch.setattr(rlpd_opt, "Temperature", SinglePrecisionTemperature)
-        variant, tolerance = variant | {"ensemble_size": 3, "utd": 5}, 1e-3
+        variant = variant | {"ensemble_size": 3, "utd": 5}
+    elif script is cal_ql:
+        variant = variant | {"batch_size": 32, "cql_actions": 3, "actor_layers": 1, "critic_layers": 1}
     torch.set_default_dtype(torch.float64)
     try:
         plain, compiled = (losses_of(take_phase(script, phase, variant, "cpu", compiled=c)) for c in (False, True))
@@ -117,8 +135,10 @@ def test_a_compiled_step_is_the_plain_one(script, phase, variant, monkeypatch):
 
 @SCRIPTS
 def test_long_runs_are_compiled_where_that_works(script, monkeypatch, capsys):
+    first = {"n_tau": 100} if script in OPT else {}
+
     def chosen(**arguments) -> bool:
-        return script.choose_compile(script.resolve(script.Args(device="cpu", n_tau=100, **arguments)))
+        return script.choose_compile(script.resolve(script.Args(device="cpu", **first, **arguments)))
 
     assert chosen() and not chosen(compile=False)
     args = {"online_steps": 1_000}

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 
+import cal_ql
 import iql_opt
 import numpy as np
 import pytest
@@ -19,8 +20,11 @@ OWN = {
         vae_steps=1, lambda_decay=36, critic_learning_rate=1e-2, actor_learning_rate=1e-2
     ),  # its networks start near 0
     iql_opt: dict(learning_rate=1e-3),
+    cal_ql: dict(cql_actions=2, actor_layers=1, critic_layers=1),
 }
-scripts = pytest.mark.parametrize("script", OWN, ids=lambda script: script.__name__)
+OPT = [script for script in OWN if hasattr(script.Args, "opt")]
+VARIANTS = [(script, {}) for script in OWN] + [(script, {"opt": False}) for script in OPT]
+scripts = pytest.mark.parametrize("script", OPT, ids=lambda script: script.__name__)
 
 
 @pytest.fixture
@@ -30,7 +34,8 @@ def train(monkeypatch, pendulum_file, tmp_path, home):
 
     def train(script, **arguments) -> tuple:
         states = watch_phases(script, monkeypatch)
-        own = TINY | OWN[script] | dict(dataset=str(pendulum_file), run_dir=str(tmp_path / "run"))
+        own = {name: value for name, value in TINY.items() if hasattr(script.Args, name)} | OWN[script]
+        own |= dict(dataset=str(pendulum_file), run_dir=str(tmp_path / "run"))
         args = script.Args(**(own | arguments))
         script.train(args)
         return args, states
@@ -38,8 +43,7 @@ def train(monkeypatch, pendulum_file, tmp_path, home):
     return train
 
 
-@scripts
-@pytest.mark.parametrize("arguments", [{}, {"opt": False}], ids=str)
+@pytest.mark.parametrize("script, arguments", VARIANTS, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_every_online_action_is_one_of_exploration(script, arguments, train, monkeypatch):
     explore, taken = script.explore, []
     monkeypatch.setattr(script, "explore", lambda *given: taken.append(explore(*given)) or taken[-1])
@@ -64,7 +68,7 @@ def test_the_noise_of_the_collected_steps(script, train):
     assert script.resolve(dataclasses.replace(args, collect_noise=None, exploration_noise=0.3)).collect_noise == 0.3
 
 
-@pytest.mark.parametrize("script, normalised", [(td3_opt, True), (spot_opt, False), (iql_opt, True)])
+@pytest.mark.parametrize("script, normalised", [(td3_opt, True), (spot_opt, False), (iql_opt, True), (cal_ql, False)])
 def test_whether_states_are_normalised(script, normalised, train, pendulum_columns):
     args, states = train(script)
     model = torch.load(f"{args.run_dir}/model.pt", weights_only=True)
