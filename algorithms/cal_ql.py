@@ -402,7 +402,8 @@ class Agent:
 
 
 def cal_ql_step(args: Args, agent: Agent, batch: Transitions, returns: torch.Tensor) -> dict:
-    """A gradient step on a batch and its G [B], the same offline and online; all losses are of the networks before."""
+    """A gradient step on a batch and its G [B], the same offline and online: SAC, with the penalty on its critics.
+    All losses are of the networks before the step."""
     n, observations, action_dim = args.cql_actions, batch.observations, batch.actions.shape[1]
     pi, log_pi = agent.actor.sample(observations)
     alpha, pi_values = agent.temperature().detach(), agent.q(observations, pi).amin(0)
@@ -420,7 +421,7 @@ def cal_ql_step(args: Args, agent: Agent, batch: Transitions, returns: torch.Ten
     values = [agent.q(states, actions).view(2, n, -1) for actions in (uniform, *of_policy.chunk(2))]
     values, bound = torch.cat(values, 1), returns if args.calibration else torch.full_like(returns, -math.inf)
     gaps = conservative_gap(values, log_densities, data_values, bound, args.gap_clip)
-    td_losses, weight = (data_values - target).square().mean(1), args.cql_weight
+    td_losses, weight = (data_values - target).square().mean(1), args.cql_weight  # [2]
 
     minimize(actor_loss, agent.actor_optimizer)
     minimize(alpha_loss, agent.temperature_optimizer)
@@ -460,7 +461,8 @@ def online_finetune(
 ) -> None:
     """Phase 2: an episode, then as many gradient steps as it had steps, times utd, each on half of either buffer.
 
-    So what is left to do is what the running episode is long, which a checkpoint knows; and batches have nothing of it.
+    What is owed is then always the length of the running episode, which the collector's checkpoint has, and no batch
+    holds a row of it.
     """
 
     @accelerate(args.compile)
