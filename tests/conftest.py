@@ -98,18 +98,22 @@ def take_phase(script, phase: str, variant: dict, device: str, steps: int = 200,
     args = {name: value for name, value in args.items() if hasattr(script.Args, name)}
     args = script.resolve(script.Args(**(args | variant)))
     opt = hasattr(args, "opt")
-    before = (args.n_tau if args.opt else getattr(args, "random_steps", 0)) if opt else args.collect_steps
+    firsts = [getattr(args, name, 0) for name in ("n_tau" if opt and args.opt else "random_steps", "collect_steps")]
+    before = sum(firsts)
     args.online_steps, args.device, device = before + steps // args.utd, device, torch.device(device)
     acting = script.Agent(args, 11, 3, torch.device("cpu"))  # it learns nothing
-    policy = script.Policy(acting.actor if opt else acting.composite)
+    policy = script.Policy(acting.composite if hasattr(acting, "composite") else acting.actor)
     policy.refresh = lambda: None
-    buffer = script.ReplayBuffer(data, 200, device)
+    buffer = script.ReplayBuffer(data, 400, device)
     for i in range(100):
         buffer.add(*(column[i] for column in data))
     agent = script.Agent(args, 11, 3, device)
     torch.manual_seed(1)
     with_balanced = opt and args.replay == "balanced"
     balanced = script.BalancedReplay(buffer, args.batch_size, device) if with_balanced else None
+    returns = [script.Returns(args, data, buffer)] if hasattr(script, "Returns") else []
+    if returns and device.type == "meta":
+        returns[0].end_episode = lambda steps: None  # it reads rewards
     seen = []
 
     class FakeRun:
@@ -126,16 +130,17 @@ def take_phase(script, phase: str, variant: dict, device: str, steps: int = 200,
 
     class FakeCollector:
         observation = torch.tensor(data.observations[0], dtype=torch.get_default_dtype()).numpy()
+        episode_steps = 0
 
         def step(self, action):
             return buffer.add(*(column[0] for column in data))
 
     if phase == "offline":
-        script.offline_pretrain(args, FakeRun(), agent, buffer)
+        script.offline_pretrain(args, FakeRun(), agent, buffer, *returns)
     elif phase == "online_pretrain":
         script.online_pretrain(args, FakeRun(), agent, buffer)
     else:
-        script.online_finetune(args, FakeRun(), agent, buffer, *([balanced] if opt else []), FakeCollector())
+        script.online_finetune(args, FakeRun(), agent, buffer, *([balanced] if opt else returns), FakeCollector())
     return seen
 
 

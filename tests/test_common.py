@@ -33,6 +33,7 @@ OWN = {
     "iql_opt": {"reward_transform"},
     "rlpd_opt": {"check", "train"},
     "pex": {"PHASES", "ValueFunction", "check", "train"},
+    "cal_ql": {"PHASES", "check", "reward_transform", "train"},
 }
 
 
@@ -193,6 +194,8 @@ KILLED |= {RLPD + " --utd 2 --no-opt": TUNING}
 KILLED |= {RLPD + " --utd 2 --no-opt --offline-steps 0 --random-steps 20": ACTING}
 KILLED |= {"pex --env-id InvertedPendulum-v5 --collect-steps 30": {"offline": 13} | ACTING}
 KILLED |= {f"pex --env-id {env} --collect-steps 30": TUNING for env in ("antmaze-umaze-v2", "pen-cloned-v1")}
+KILLED |= {"cal_ql --env-id InvertedPendulum-v5 --lagrange --max-backup --utd 2": {"offline": 13} | TUNING}
+KILLED |= {"cal_ql --env-id antmaze-umaze-v2 --cql-actions 2": {"online_finetune": 43}}
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import sys
 import time
 import types
 
+import cal_ql
 import iql_opt
 import numpy as np
 import pex
@@ -22,8 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 OPT = (td3_opt, spot_opt, iql_opt, rlpd_opt)
-OTHERS = (pex,)  # without OPT's phase and arguments
-SCRIPTS = pytest.mark.parametrize("script", OPT + OTHERS, ids=lambda s: s.__name__)
+# Without OPT's phase and arguments, and their variant.
+OTHERS = {pex: {}, cal_ql: {"lagrange": True, "max_backup": True, "gap_clip": 200.0}}
+SCRIPTS = pytest.mark.parametrize("script", (*OPT, *OTHERS), ids=lambda s: s.__name__)
 ALONE = {"kappa_init": 1.0, "kappa_end": 1.0}
 PHASES = [("offline", {}), ("online_finetune", {"opt": False}), ("online_finetune", ALONE)]
 PHASES += [("online_pretrain", {"q_on_init": kind}) for kind in ("meta", "online", "joint")]
@@ -56,7 +58,7 @@ class Guard(TorchDispatchMode):
 def cases(phases: list[tuple], others: tuple = ("offline", "online_finetune")) -> pytest.MarkDecorator:
     """OPT's scripts in each of the phases and variants, the others in theirs."""
     found = [(script, *phase) for phase in phases for script in OPT]
-    found += [(script, phase, {}) for script in OTHERS for phase in others]
+    found += [(script, phase, variant) for script, variant in OTHERS.items() for phase in others]
     ids = ["-".join([case[0].__name__, *map(str, case[1:])]) for case in found]
     return pytest.mark.parametrize("script, phase, variant", found, ids=ids)
 
@@ -101,21 +103,29 @@ def test_the_guard_sees_what_it_is_for(step, word):
             step(x)
 
 
-class SinglePrecisionTemperature(rlpd_opt.Temperature):
+def in_single_precision(network: type) -> type:
     """PyTorch 2.13 compiles no change of a CPU tensor that is a single number in float64."""
 
-    def __init__(self):
-        super().__init__()
-        self.log_alpha.data = self.log_alpha.data.float()
+    class SinglePrecision(network):
+        def __init__(self):
+            super().__init__()
+            self.float()
+
+    return SinglePrecision
 
 
 @cases(COMPILED, others=("online_finetune",))
 def test_a_compiled_step_is_the_plain_one(script, phase, variant, monkeypatch):
     """200 steps of either in float64, where rounding stays small enough to tell an error from it."""
     tolerance = 1e-6
+    for name in ("Temperature", "Multiplier"):
+        if hasattr(script, name):
+            monkeypatch.setattr(script, name, in_single_precision(getattr(script, name)))
+            tolerance = 1e-3
     if script is rlpd_opt:
-        monkeypatch.setattr(rlpd_opt, "Temperature", SinglePrecisionTemperature)
-        variant, tolerance = variant | {"ensemble_size": 3, "utd": 5}, 1e-3
+        variant = variant | {"ensemble_size": 3, "utd": 5}
+    elif script is cal_ql:
+        variant = variant | {"batch_size": 32, "cql_actions": 3, "actor_layers": 1, "critic_layers": 1}
     torch.set_default_dtype(torch.float64)
     try:
         plain, compiled = (losses_of(take_phase(script, phase, variant, "cpu", compiled=c)) for c in (False, True))
@@ -159,7 +169,8 @@ def test_a_compiled_replay_keeps_what_it_learns():
 
 @SCRIPTS
 def test_long_runs_are_compiled_where_that_works(script, monkeypatch, capsys):
-    first = {"n_tau": 100} if script in OPT else {"collect_steps": 100}
+    first = {"n_tau": 100, "collect_steps": 100}
+    first = {name: value for name, value in first.items() if hasattr(script.Args, name)}
 
     def chosen(**arguments) -> bool:
         return script.choose_compile(script.resolve(script.Args(device="cpu", **first, **arguments)))

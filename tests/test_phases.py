@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 
+import cal_ql
 import iql_opt
 import numpy as np
 import pex
@@ -21,6 +22,7 @@ OWN = {
     ),  # its networks start near 0
     iql_opt: dict(learning_rate=1e-3),
     pex: dict(collect_steps=30, learning_rate=1e-3),
+    cal_ql: dict(cql_actions=2, actor_layers=1, critic_layers=1),
 }
 OPT = [script for script in OWN if hasattr(script.Args, "opt")]
 VARIANTS = [(script, {}) for script in OWN] + [(script, {"opt": False}) for script in OPT]
@@ -68,7 +70,10 @@ def test_the_noise_of_the_collected_steps(script, train):
     assert script.resolve(dataclasses.replace(args, collect_noise=None, exploration_noise=0.3)).collect_noise == 0.3
 
 
-@pytest.mark.parametrize("script, normalised", [(td3_opt, True), (spot_opt, False), (iql_opt, True), (pex, False)])
+NORMALISED = [(td3_opt, True), (spot_opt, False), (iql_opt, True), (pex, False), (cal_ql, False)]
+
+
+@pytest.mark.parametrize("script, normalised", NORMALISED)
 def test_whether_states_are_normalised(script, normalised, train, pendulum_columns):
     args, states = train(script)
     model = torch.load(f"{args.run_dir}/model.pt", weights_only=True)
