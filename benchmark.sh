@@ -2,9 +2,9 @@
 # usage: bash benchmark.sh COMMAND [OPTIONS] [-- FLAGS FOR THE SCRIPTS]
 #
 # Tables of the paper (10 seeds):
-#   table1    PEX, TD3 and TD3+OPT, MuJoCo           table12   SPOT or TD3, IQL, and OPT on each, all 19 tasks
-#   table2    PEX, SPOT and SPOT+OPT, AntMaze        table13   RLPD, RLPD off-to-on, RLPD+OPT, all 19 tasks
-#   table3    SPOT and SPOT+OPT, Adroit
+#   table1    PEX, Cal-QL, TD3, TD3+OPT, MuJoCo      table12   SPOT or TD3, IQL, and OPT on each, all 19 tasks
+#   table2    PEX, Cal-QL, SPOT, SPOT+OPT, AntMaze   table13   RLPD, RLPD off-to-on, RLPD+OPT, all 19 tasks
+#   table3    Cal-QL, SPOT, SPOT+OPT, Adroit
 # Ablations (5 seeds):
 #   ablation-kappa    Table 7       ablation-q-on     Table 11      ablation-n-tau   Table 10
 #   ablation-init     Tables 8, 9   ablation-replay   Table 6
@@ -18,7 +18,7 @@
 # Options of tables and ablations:
 #   --seeds N              seeds 0 to N-1; --seeds A-B: seeds A to B
 #   --env-ids "ID ..."     these tasks only
-#   --methods "NAME ..."   these columns only, by the name in a run's folder: pex, td3, td3_opt ...
+#   --methods "NAME ..."   these columns only, by the name in a run's folder: cal_ql, td3, td3_opt ...
 #   --offline-steps N      gradient steps of the offline phase; shortened runs get folders of their own
 #   --online-steps N       environment steps of the online phase (ablation-n-tau: of fine-tuning, N_tau is added)
 #   --jobs N               runs at a time (default 1); of a Slurm array: elements (default all)
@@ -63,9 +63,9 @@ add_unit() { # the runs of one task and seed
     local unit='' owner='' backbone=td3 k n start
     case $env_id in antmaze-* | *-cloned-v1) backbone=spot ;; esac
     case $table in
-    table1) baseline pex && pair td3 ;;
-    table2) baseline pex && pair spot ;;
-    table3) pair spot ;;
+    table1) baseline pex && baseline cal_ql && pair td3 ;;
+    table2) baseline pex && baseline cal_ql && pair spot ;;
+    table3) baseline cal_ql && pair spot ;;
     table12) pair $backbone && pair iql ;;
     table13) pair rlpd && owner='' offline=0 add rlpd_opt rlpd_vanilla --no-opt ;;
     ablation-kappa) # the first is the paper's schedule, 0.1 to 0.9
