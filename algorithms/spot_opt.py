@@ -484,7 +484,8 @@ class BalancedReplay(nn.Module):
             nn.init.uniform_(layer.weight, -bound, bound)
             nn.init.constant_(layer.bias, float(layer is self.ratio[4]))
         self.optimizer = make_adam(self.ratio, 3e-4)
-        self.register_buffer("largest", torch.ones((), dtype=torch.float64, device=device))
+        # With a dimension: of a float64 number without one a compiled step loses the changes on the CPU (PyTorch 2.13)
+        self.register_buffer("largest", torch.ones(1, dtype=torch.float64, device=device))
 
     def start(self, online_fraction: float) -> None:
         """Priority 1 offline; online such that a share `online_fraction` of the first samples is online."""
@@ -496,7 +497,7 @@ class BalancedReplay(nn.Module):
 
     def add(self, row: int) -> None:
         """A new online transition enters at the largest priority seen."""
-        self.tree.set(torch.tensor([row], device=self.largest.device), self.largest.view(1))
+        self.tree.set(torch.tensor([row], device=self.largest.device), self.largest)
 
     def density_ratio(self, batch: Transitions) -> torch.Tensor:
         """w(s,a) >= 0, an estimate of the online density over the offline one, [B]."""
