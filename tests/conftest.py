@@ -101,14 +101,16 @@ def take_phase(script, phase: str, variant: dict, device: str, steps: int = 200,
     before = (args.n_tau if args.opt else getattr(args, "random_steps", 0)) if opt else args.collect_steps
     args.online_steps, args.device, device = before + steps // args.utd, device, torch.device(device)
     acting = script.Agent(args, 11, 3, torch.device("cpu"))  # it learns nothing
-    policy = script.Policy(acting.actor if opt else acting.composite)
+    acts = next(name for name in ("composite", "behaviour", "actor") if hasattr(acting, name))
+    policy = script.Policy(vars(acting)[acts])
     policy.refresh = lambda: None
     buffer = script.ReplayBuffer(data, 200, device)
     for i in range(100):
         buffer.add(*(column[i] for column in data))
     agent = script.Agent(args, 11, 3, device)
     torch.manual_seed(1)
-    with_balanced = opt and args.replay == "balanced"
+    with_replay = hasattr(script, "BalancedReplay")
+    with_balanced = with_replay and getattr(args, "replay", "balanced") == "balanced"
     balanced = script.BalancedReplay(buffer, args.batch_size, device) if with_balanced else None
     seen = []
 
@@ -135,7 +137,7 @@ def take_phase(script, phase: str, variant: dict, device: str, steps: int = 200,
     elif phase == "online_pretrain":
         script.online_pretrain(args, FakeRun(), agent, buffer)
     else:
-        script.online_finetune(args, FakeRun(), agent, buffer, *([balanced] if opt else []), FakeCollector())
+        script.online_finetune(args, FakeRun(), agent, buffer, *[balanced] * with_replay, FakeCollector())
     return seen
 
 

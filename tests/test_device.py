@@ -9,6 +9,7 @@ import time
 import types
 
 import iql_opt
+import oema
 import pex
 import pytest
 import rlpd_opt
@@ -21,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 OPT = (td3_opt, spot_opt, iql_opt, rlpd_opt)
-OTHERS = (pex,)  # without OPT's phase and arguments
+OTHERS = (pex, oema)  # without OPT's phase and arguments
 SCRIPTS = pytest.mark.parametrize("script", OPT + OTHERS, ids=lambda s: s.__name__)
 ALONE = {"kappa_init": 1.0, "kappa_end": 1.0}
 PHASES = [("offline", {}), ("online_finetune", {"opt": False}), ("online_finetune", ALONE)]

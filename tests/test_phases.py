@@ -5,6 +5,7 @@ import dataclasses
 
 import iql_opt
 import numpy as np
+import oema
 import pex
 import pytest
 import spot_opt
@@ -21,6 +22,7 @@ OWN = {
     ),  # its networks start near 0
     iql_opt: dict(learning_rate=1e-3),
     pex: dict(collect_steps=30, learning_rate=1e-3),
+    oema: dict(collect_steps=30, learning_rate=1e-3),
 }
 OPT = [script for script in OWN if hasattr(script.Args, "opt")]
 VARIANTS = [(script, {}) for script in OWN] + [(script, {"opt": False}) for script in OPT]
@@ -49,8 +51,8 @@ def test_every_online_action_is_one_of_exploration(script, arguments, train, mon
     monkeypatch.setattr(script, "explore", lambda *given: taken.append(explore(*given)) or taken[-1])
     _, states = train(script, **arguments)
     stored = states["done"]["buffer"]["online_rows"]
-    assert len(stored) == 36
-    np.testing.assert_array_equal(stored[:, 4:5], np.array(taken, np.float32))
+    assert len(stored) == 36 and len(taken) == (6 if script is oema else 36)  # OEMA explores only once it learns
+    np.testing.assert_array_equal(stored[-len(taken) :, 4:5], np.array(taken, np.float32))
 
 
 @pytest.mark.parametrize("script", [td3_opt, spot_opt], ids=lambda script: script.__name__)
@@ -68,7 +70,10 @@ def test_the_noise_of_the_collected_steps(script, train):
     assert script.resolve(dataclasses.replace(args, collect_noise=None, exploration_noise=0.3)).collect_noise == 0.3
 
 
-@pytest.mark.parametrize("script, normalised", [(td3_opt, True), (spot_opt, False), (iql_opt, True), (pex, False)])
+NORMALISED = [(td3_opt, True), (spot_opt, False), (iql_opt, True), (pex, False), (oema, False)]
+
+
+@pytest.mark.parametrize("script, normalised", NORMALISED)
 def test_whether_states_are_normalised(script, normalised, train, pendulum_columns):
     args, states = train(script)
     model = torch.load(f"{args.run_dir}/model.pt", weights_only=True)
