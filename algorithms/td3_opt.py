@@ -394,7 +394,7 @@ class BalancedReplay(nn.Module):
             nn.init.uniform_(layer.weight, -bound, bound)
             nn.init.constant_(layer.bias, float(layer is self.ratio[4]))
         self.optimizer = make_adam(self.ratio, 3e-4)
-        # Not a number without dimensions: on the CPU a compiled step loses its changes (PyTorch 2.13).
+        # With a dimension: of a float64 number without one a compiled step loses the changes on the CPU (PyTorch 2.13)
         self.register_buffer("largest", torch.ones(1, dtype=torch.float64, device=device))
 
     def start(self, online_fraction: float) -> None:

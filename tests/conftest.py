@@ -102,14 +102,16 @@ def take_phase(script, phase: str, variant: dict, device: str, steps: int = 200,
     before = sum(firsts)
     args.online_steps, args.device, device = before + steps // args.utd, device, torch.device(device)
     acting = script.Agent(args, 11, 3, torch.device("cpu"))  # it learns nothing
-    policy = script.Policy(acting.composite if hasattr(acting, "composite") else acting.actor)
+    acts = next(name for name in ("composite", "behaviour", "actor") if hasattr(acting, name))
+    policy = script.Policy(vars(acting)[acts])
     policy.refresh = lambda: None
     buffer = script.ReplayBuffer(data, 400, device)
     for i in range(100):
         buffer.add(*(column[i] for column in data))
     agent = script.Agent(args, 11, 3, device)
     torch.manual_seed(1)
-    with_balanced = opt and args.replay == "balanced"
+    with_replay = hasattr(script, "BalancedReplay")
+    with_balanced = with_replay and getattr(args, "replay", "balanced") == "balanced"
     balanced = script.BalancedReplay(buffer, args.batch_size, device) if with_balanced else None
     returns = [script.Returns(args, data, buffer)] if hasattr(script, "Returns") else []
     if returns and device.type == "meta":
@@ -140,7 +142,8 @@ def take_phase(script, phase: str, variant: dict, device: str, steps: int = 200,
     elif phase == "online_pretrain":
         script.online_pretrain(args, FakeRun(), agent, buffer)
     else:
-        script.online_finetune(args, FakeRun(), agent, buffer, *([balanced] if opt else returns), FakeCollector())
+        more = [balanced] * with_replay + returns
+        script.online_finetune(args, FakeRun(), agent, buffer, *more, FakeCollector())
     return seen
 
 

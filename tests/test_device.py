@@ -11,6 +11,7 @@ import types
 import cal_ql
 import iql_opt
 import numpy as np
+import oema
 import pex
 import pytest
 import rlpd_opt
@@ -24,14 +25,15 @@ from torch.utils._pytree import tree_leaves
 
 OPT = (td3_opt, spot_opt, iql_opt, rlpd_opt)
 # Without OPT's phase and arguments, and their variant.
-OTHERS = {pex: {}, cal_ql: {"lagrange": True, "max_backup": True, "gap_clip": 200.0}}
+OTHERS = {pex: {}, oema: {}, cal_ql: {"lagrange": True, "max_backup": True, "gap_clip": 200.0}}
 SCRIPTS = pytest.mark.parametrize("script", (*OPT, *OTHERS), ids=lambda s: s.__name__)
 ALONE = {"kappa_init": 1.0, "kappa_end": 1.0}
 PHASES = [("offline", {}), ("online_finetune", {"opt": False}), ("online_finetune", ALONE)]
 PHASES += [("online_pretrain", {"q_on_init": kind}) for kind in ("meta", "online", "joint")]
 PHASES += [("online_pretrain", {"meta_second_order": True}), ("online_pretrain", {"q_on": False})]
 PHASES += [("online_finetune", {"replay": kind}) for kind in ("balanced", "online", "symmetric", "uniform")]
-COMPILED = [("offline", {}), ("online_pretrain", {}), ("online_finetune", {})]
+COMPILED = [("offline", {}), ("online_pretrain", {})]
+COMPILED += [("online_finetune", {"init_online_fraction": 0.01})]  # at priorities below 1: the largest one seen rises
 ON_CPU = torch.zeros(())
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "item")
 

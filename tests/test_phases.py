@@ -6,6 +6,7 @@ import dataclasses
 import cal_ql
 import iql_opt
 import numpy as np
+import oema
 import pex
 import pytest
 import spot_opt
@@ -23,6 +24,7 @@ OWN = {
     iql_opt: dict(learning_rate=1e-3),
     pex: dict(collect_steps=30, learning_rate=1e-3),
     cal_ql: dict(cql_actions=2, actor_layers=1, critic_layers=1),
+    oema: dict(collect_steps=30, learning_rate=1e-3),
 }
 OPT = [script for script in OWN if hasattr(script.Args, "opt")]
 VARIANTS = [(script, {}) for script in OWN] + [(script, {"opt": False}) for script in OPT]
@@ -51,8 +53,8 @@ def test_every_online_action_is_one_of_exploration(script, arguments, train, mon
     monkeypatch.setattr(script, "explore", lambda *given: taken.append(explore(*given)) or taken[-1])
     _, states = train(script, **arguments)
     stored = states["done"]["buffer"]["online_rows"]
-    assert len(stored) == 36
-    np.testing.assert_array_equal(stored[:, 4:5], np.array(taken, np.float32))
+    assert len(stored) == 36 and len(taken) == (6 if script is oema else 36)  # OEMA explores only once it learns
+    np.testing.assert_array_equal(stored[-len(taken) :, 4:5], np.array(taken, np.float32))
 
 
 @pytest.mark.parametrize("script", [td3_opt, spot_opt], ids=lambda script: script.__name__)
@@ -70,7 +72,7 @@ def test_the_noise_of_the_collected_steps(script, train):
     assert script.resolve(dataclasses.replace(args, collect_noise=None, exploration_noise=0.3)).collect_noise == 0.3
 
 
-NORMALISED = [(td3_opt, True), (spot_opt, False), (iql_opt, True), (pex, False), (cal_ql, False)]
+NORMALISED = [(td3_opt, True), (spot_opt, False), (iql_opt, True), (pex, False), (cal_ql, False), (oema, False)]
 
 
 @pytest.mark.parametrize("script, normalised", NORMALISED)
