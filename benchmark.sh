@@ -2,7 +2,7 @@
 # usage: bash benchmark.sh COMMAND [OPTIONS] [-- FLAGS FOR THE SCRIPTS]
 #
 # Tables of the paper (10 seeds):
-#   table1    PEX, Cal-QL, TD3, TD3+OPT, MuJoCo      table12   SPOT or TD3, IQL, and OPT on each, all 19 tasks
+#   table1    OEMA, PEX, Cal-QL, TD3, TD3+OPT        table12   SPOT or TD3, IQL, and OPT on each, all 19 tasks
 #   table2    PEX, Cal-QL, SPOT, SPOT+OPT, AntMaze   table13   RLPD, RLPD off-to-on, RLPD+OPT, all 19 tasks
 #   table3    Cal-QL, SPOT, SPOT+OPT, Adroit
 # Ablations (5 seeds):
@@ -63,7 +63,7 @@ add_unit() { # the runs of one task and seed
     local unit='' owner='' backbone=td3 k n start
     case $env_id in antmaze-* | *-cloned-v1) backbone=spot ;; esac
     case $table in
-    table1) baseline pex && baseline cal_ql && pair td3 ;;
+    table1) baseline oema && baseline pex && baseline cal_ql && pair td3 ;;
     table2) baseline pex && baseline cal_ql && pair spot ;;
     table3) baseline cal_ql && pair spot ;;
     table12) pair $backbone && pair iql ;;

@@ -43,7 +43,7 @@ INIT_ANTMAZE = {"spot_opt": "SPOT+OPT", "spot_opt_init_random": "random init", "
 INIT_ANTMAZE |= {"spot_opt_init_joint": "B_off and B_on"}
 N_TAUS = {f"td3_opt_n_tau_{n}" if n != 25_000 else "td3_opt": f"N_tau {n}" for n in (6250, 12500, 25000, 50000, 100000)}
 TABLES = {  # name: (title, number in the paper, columns)
-    "table1": ("Table 1: MuJoCo", 1, BASELINES | TD3),
+    "table1": ("Table 1: MuJoCo", 1, {"oema": "OEMA"} | BASELINES | TD3),
     "table2": ("Table 2: AntMaze", 2, BASELINES | SPOT),
     "table3": ("Table 3: Adroit", 3, {"cal_ql": "Cal-QL"} | SPOT),
     "table12-mujoco": ("Table 12: TD3 and IQL, MuJoCo", 12, TD3 | IQL),
@@ -56,7 +56,7 @@ TABLES = {  # name: (title, number in the paper, columns)
     "ablation-n-tau": ("Table 10: N_tau, with N_pretrain = 2 N_tau and as many fine-tuning steps", 10, N_TAUS),
     "ablation-q-on": ("Table 11: without Q_on", 11, {"td3_opt": "TD3+OPT", "td3_opt_no_q_on": "without Q_on"}),
 }
-UTD, N_TAU, VAE_STEPS = {"td3": 5, "spot": 1, "iql": 1, "rlpd": 20, "pex": 1, "cal": 1}, 25_000, 100_000
+UTD, N_TAU, VAE_STEPS = {"td3": 5, "spot": 1, "iql": 1, "rlpd": 20, "oema": 1, "pex": 1, "cal": 1}, 25_000, 100_000
 NEEDED = "env_id exp_name seed offline_steps online_steps utd device_name threads"
 # Arguments in which the runs of one cell may differ.
 BOOKKEEPING = "seed exp_name script run_dir device offline_from checkpoint_freq resume save_model snapshots track"

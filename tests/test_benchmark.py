@@ -22,7 +22,7 @@ import report
 
 MUJOCO, ANTMAZE, ADROIT = 9, 6, 4
 COUNTS = {
-    "table1": MUJOCO * 4 * 10,
+    "table1": MUJOCO * 5 * 10,
     "table2": ANTMAZE * 4 * 10,
     "table3": ADROIT * 3 * 10,
     "table12": (MUJOCO + ANTMAZE + ADROIT) * 4 * 10,
@@ -74,14 +74,16 @@ def test_tables_are_plain_commands(table):
     commands = dry_run(table)
     assert len(commands) == COUNTS[table] == len(set(map(folder_of, commands)))
     if table == "table1":
-        assert len(dry_run(table, "--seeds", "10")) == 360
+        assert len(dry_run(table, "--seeds", "10")) == 450
 
     seeds = "10" if table.startswith("table") else "5"
     assert {values(command)["--seed"] for command in commands} == set(map(str, range(int(seeds))))
     before = {}
     for command in commands:
         words = shlex.split(command)
-        assert words[0] == "python" and re.fullmatch(r"algorithms/(pex|cal_ql|(td3|spot|iql|rlpd)_opt)\.py", words[1])
+        assert words[0] == "python" and re.fullmatch(
+            r"algorithms/(oema|pex|cal_ql|(td3|spot|iql|rlpd)_opt)\.py", words[1]
+        )
         owner = values(command).get("--offline-from")
         if owner:  # it comes earlier, and is the same script, task and seed
             other = before[owner]
@@ -187,7 +189,7 @@ def test_usage_and_bad_input():
         "table1 --sedes 3": "unknown option '--sedes'",
         "table1 3": "unknown option '3'",
         "table1 --seeds": "needs a value",
-        "table1 --methods sac": "--methods sac: table1 has cal_ql pex td3 td3_opt",
+        "table1 --methods sac": "--methods sac: table1 has cal_ql oema pex td3 td3_opt",
         "table1 --seeds 0": "--seeds 0",
         "table1 --seeds 08-09": "--seeds 08-09",
         "table1 -- --no-opt": "--no-opt",
