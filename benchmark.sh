@@ -152,7 +152,7 @@ finished() { # FOLDER COMMAND: of this table or another; where its offline phase
 }
 
 run_unit() { # UNIT: in a bash of its own
-    local folder command status stopped='' devices=($gpus) score='END { printf "score %s, %.0f min", $4, $9 / 60 }'
+    local folder command status stopped='' devices=($gpus) score='END { printf "score %s, %.0f min", $4 == "nan" ? $5 : $4, $9 / 60 }'
     trap 'stopped=1' TERM
     # BSD's xargs has no slots: there the devices are not dealt out.
     [[ -z ${slot:-} || -z $gpus ]] || export CUDA_VISIBLE_DEVICES=${devices[slot % ${#devices[@]}]}

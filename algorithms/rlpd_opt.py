@@ -116,7 +116,7 @@ class Args:
     exp_name: str | None = None  # of the variant, in the folder's name; None: rlpd_opt, rlpd (off-to-on), rlpd_vanilla
     run_dir: str | None = None  # the run's folder; None: runs/<env_id>__<exp_name>__<seed>
     offline_from: str | None = None  # start at phase 2 from the offline.pt of another run of the same task and seed
-    checkpoint_freq: int = 50_000  # gradient (collecting: environment) steps between two; 0: only on Ctrl-C or SIGTERM
+    checkpoint_freq: int = 50_000  # gradient (collecting: environment) steps between two; 0: only on Ctrl-C, SIGTERM
     resume: bool = False  # go on from the run folder's checkpoint; from the beginning where there is none yet
     save_model: bool = True  # write model.pt at the end
     # logging
@@ -1085,7 +1085,7 @@ def load_dataset(env_id: str, dataset: str | None = None, progress: bool = True)
             regenerate_random(env_id, temporary, progress)
         else:
             socket.setdefaulttimeout(20)
-            torch.hub.download_url_to_file(D4RL_URL + name, str(temporary), progress=progress)
+            torch.hub.download_url_to_file(D4RL_URL + name, str(temporary), progress=progress and sys.stderr.isatty())
         h5py.File(temporary).close()  # a download that broke ends here: what has the final name is complete
         temporary.replace(own_cache)
     except OSError as error:
@@ -1133,7 +1133,7 @@ def evaluate(policy: Policy, env: gym.Env, env_id: str, episodes: int, seed: int
                 what = "an evaluation episode has not ended in 100,000 steps: register it with max_episode_steps"
                 print(f"{PROGRAM}: warning: {what}", file=sys.stderr)
             observation, reward, terminated, truncated, info = env.step(policy(observation))
-            total, length, done = total + float(reward), length + 1, terminated or truncated
+            total, length, done = total + np.asarray(reward).item(), length + 1, terminated or truncated
             success |= bool(info.get("success", info.get("is_success", False)))  # at any step of the episode
             told |= "success" in info or "is_success" in info
         returns.append(total)
@@ -1274,12 +1274,15 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.folder / ".lock", "w")  # which ends with the process
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BadInput(f"another process runs in {self.folder}: wait for it, or write another --run-dir") from None
         except OSError as error:
             what = f"the run folder {self.folder} cannot be written ({error.strerror})"
             raise BadInput(f"{what}: write another --run-dir") from None
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput(f"another process runs in {self.folder}: wait for it, or write another --run-dir") from None
+        except OSError:  # some file systems of clusters have no locks
+            pass
 
     def load_data(self, reward_transform: Callable[[str, Transitions], tuple[float, float]]) -> Transitions:
         """The dataset as the agent sees it, rewards scaled and shifted by `reward_transform(env_id, dataset)`, states
@@ -1321,7 +1324,7 @@ class Run:
         return gym.wrappers.TransformObservation(env, lambda state: (np.float32(state) - self.mean) / self.std, space)
 
     def start(self, policy: Policy, buffer: ReplayBuffer, agent: Agent, **parts) -> None:
-        """Go on from a checkpoint or offline.pt, write args.json, open the logs, take over Ctrl-C and SIGTERM.
+        """Go on from a checkpoint or offline.pt, write args.json, open the logs, take over Ctrl-C and other STOPS.
         A checkpoint holds agent, buffer and `parts`, each by its state_dict."""
         self.policy, self.buffer, self.agent, state = policy, buffer, agent, self.state
         self.parts, resumed = agent.parts() | {"buffer": buffer} | parts, "rng" in state
@@ -1373,7 +1376,8 @@ class Run:
         table = "".join(f"|{name}|{value}|\n" for name, value in args.items())
         self.writer.add_text("arguments", f"|argument|value|\n|-|-|\n{table}", self.gradient_steps)
         data = f"{self.data['size']:,} transitions from {self.data['source']}"
-        how = f"on {facts['device_name']}{', compiled' * self.args.compile}"
+        how = f"{args['offline_steps']:,} + {args['online_steps']:,} steps on {facts['device_name']}"
+        how += ", compiled" * args["compile"]
         print(f"{PROGRAM}: {self.folder}: {data}; {how}; curves: tensorboard --logdir {self.folder.parent}", flush=True)
 
     def on_signal(self, number: int, frame) -> None:
@@ -1381,7 +1385,11 @@ class Run:
         if self.signal:
             raise SystemExit(128 + number)
         self.signal = number
-        os.write(2, b"\nstopping after this step or evaluation, with a checkpoint; once more: at once, without\n")
+        try:
+            os.write(2, b"\nstopping after this step or evaluation, with a checkpoint; once more: at once, without\n")
+        except OSError:  # SIGHUP: the terminal is gone, and whatever is printed from here on would end the run
+            for stream in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
     def loop(self, phase: str, total: int, env: int = 0, gradient: int = 0, scores: str = "often") -> Iterator[int]:
         """Yield what is left of a phase's `total` steps, each of `env` environment and `gradient` gradient steps.
@@ -1415,7 +1423,9 @@ class Run:
                 continue
             elapsed = time.perf_counter() - started
             self.phase_seconds, self.seconds = self.phase_seconds + elapsed, self.seconds + elapsed
-            self.metrics["steps_per_second"] = self.step / max(self.phase_seconds, 1e-9)
+            steps_per_second = self.step / max(self.phase_seconds, 1e-9)
+            if gradient:  # else the curve stands still
+                self.metrics["steps_per_second"] = steps_per_second
             self.log_metrics()
             if last:
                 rate = f"{total * gradient / max(self.phase_seconds, 1e-9):.2f}"
@@ -1424,8 +1434,7 @@ class Run:
                 self.add_evaluation()
                 bar.set_postfix(score=self.score)
                 if bar.disable:  # asked for, or not a terminal
-                    rate = self.metrics["steps_per_second"]
-                    left = f"{rate:.0f} steps/s, {(total - self.step) / rate / 60:.0f} min left"
+                    left = f"{steps_per_second:.0f} steps/s, {(total - self.step) / steps_per_second / 60:.0f} min left"
                     print(f"{phase} {self.step:,}/{total:,}: score {self.score:.1f}, {left}", flush=True)
             if keep:
                 self.save_checkpoint()
@@ -1445,8 +1454,9 @@ class Run:
                 where = f"phase {self.phase}, gradient step {self.gradient_steps}"
                 raise FloatingPointError(f"{name} is {value} in {where}; {CHECKPOINT_KEPT}")
             self.writer.add_scalar(f"train/{name}", value, self.gradient_steps)
-        for episode_return in list(self.env.get_wrapper_attr("return_queue"))[-1:]:  # the newest training episode's
-            self.writer.add_scalar("online/episode_return", episode_return, self.env_steps)
+        if returns := self.env.get_wrapper_attr("return_queue"):  # of training episodes since, the newest
+            self.writer.add_scalar("online/episode_return", returns[-1], self.env_steps)
+            returns.clear()
 
     def add_evaluation(self) -> None:
         """Evaluate: a row of evals.csv, a point of the curves, with --snapshots a model."""

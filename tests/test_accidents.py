@@ -1,7 +1,9 @@
 """What goes wrong outside of the script: odd environments and data, processes that end or meet, callers' settings."""
 
+import contextlib
 import fcntl
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -42,6 +44,14 @@ class OddPendulum(InvertedPendulumEnv):
         return observation, reward, False, truncated, info
 
 
+class Arrays(OddPendulum):
+    """Rewards are arrays of one element, as some environments give them."""
+
+    def step(self, action):
+        observation, reward, *rest = super().step(action)
+        return observation, np.array([reward]), *rest
+
+
 class Unseeded(OddPendulum):
     """Its start does not come from the generator that reset(seed) seeds."""
 
@@ -51,6 +61,7 @@ class Unseeded(OddPendulum):
 
 
 gym.register("OddPendulum-v0", OddPendulum, max_episode_steps=50)
+gym.register("Arrays-v0", Arrays, max_episode_steps=50)
 gym.register("Unseeded-v0", Unseeded, max_episode_steps=50)
 
 
@@ -207,6 +218,32 @@ def test_a_script_without_a_main_guard_is_told_so(home, tmp_path):
     assert last.startswith("td3_opt.BadInput: no data for hopper-random-v2") and "if __name__ == '__main__'" in last
 
 
+def test_rewards_may_be_arrays_of_one_element(pendulum_file, tmp_path):
+    scores = []
+    for env_id in ("OddPendulum-v0", "Arrays-v0"):
+        arguments = TINY | dict(env_id=env_id, dataset=str(pendulum_file), run_dir=str(tmp_path / env_id))
+        scores.append(td3_opt.train(Args(**arguments)).score)
+    assert scores[0] == scores[1]
+
+
+def test_a_terminal_that_is_closed(pendulum_file, home, tmp_path):
+    """SIGHUP, and nothing can be printed any more: a checkpoint all the same."""
+    arguments = [*FLAGS, "--online-steps", 90_000, "--dataset", pendulum_file, "--run-dir", tmp_path / "run"]
+    command = [sys.executable, ROOT / "algorithms" / "td3_opt.py", *arguments]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ |= {"HOME": str(home), "OMP_NUM_THREADS": "1"}
+        os.execv(sys.executable, list(map(str, command)))
+    os.set_blocking(terminal, False)
+    while not (tmp_path / "run" / "offline.pt").exists():
+        with contextlib.suppress(BlockingIOError):
+            os.read(terminal, 10_000)
+        time.sleep(0.05)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 129
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["gradient_steps"] >= 6
+
+
 def test_what_train_gives_back(pendulum_file, tmp_path, capsys):
     """The score of the last row, the folder and the model; the same of a run that is complete already."""
     arguments = TINY | dict(dataset=str(pendulum_file), run_dir=str(tmp_path / "run"))
@@ -214,7 +251,9 @@ def test_what_train_gives_back(pendulum_file, tmp_path, capsys):
     assert again == first and first.folder == tmp_path / "run" and first.model == tmp_path / "run" / "model.pt"
     assert first.score == pytest.approx(float(rows(first.folder)[-1]["return_mean"]), abs=1e-4)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith(f"td3_opt.py: {tmp_path / 'run'}: 5,000 transitions from {pendulum_file}; on cpu")
+    assert lines[0].startswith(
+        f"td3_opt.py: {tmp_path / 'run'}: 5,000 transitions from {pendulum_file}; 6 + 60 steps on cpu"
+    )
     assert lines[-2].startswith(f"{tmp_path / 'run'}: score {first.score:.1f}, after 0 min")
     assert td3_opt.train(Args(**(arguments | dict(run_dir=str(tmp_path / "b"), save_model=False)))).model is None
 
