@@ -31,8 +31,8 @@ PHASES = [("offline", {}), ("online_finetune", {"opt": False}), ("online_finetun
 PHASES += [("online_pretrain", {"q_on_init": kind}) for kind in ("meta", "online", "joint")]
 PHASES += [("online_pretrain", {"meta_second_order": True}), ("online_pretrain", {"q_on": False})]
 PHASES += [("online_finetune", {"replay": kind}) for kind in ("balanced", "online", "symmetric", "uniform")]
-# IQL's and RLPD's offline step is their online one, SPOT's online pre-training is TD3's.
-COMPILED = [(td3_opt, "offline", {}), (spot_opt, "offline", {})]
+# IQL's and RLPD's offline step is their online one, SPOT's has the same parts; SPOT's online pre-training is TD3's.
+COMPILED = [(td3_opt, "offline", {})]
 COMPILED += [(script, "online_pretrain", {}) for script in (td3_opt, iql_opt, rlpd_opt)]
 LOW = {"init_online_fraction": 0.01}  # at priorities below 1: the largest one seen rises
 COMPILED += [(script, "online_finetune", OTHERS.get(script, LOW)) for script in (*OPT, *OTHERS)]
