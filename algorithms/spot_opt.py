@@ -1375,11 +1375,12 @@ class Run:
             for number in STOPS:
                 if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
                     self.old_handlers[number] = signal.signal(number, self.on_signal)
+        if path.exists() and not resumed:  # it was killed before its first checkpoint
+            for old in self.folder.glob("events.out.tfevents.*"):
+                old.unlink()
         save(path, json.dumps(args | facts, indent=2))
         for name in ("evals", "speed") if resumed else ():
             self.append(name)
-        for old in () if resumed else self.folder.glob("events.out.tfevents.*"):  # killed before its first checkpoint
-            old.unlink()
         self.writer = SummaryWriter(str(self.folder), purge_step=self.gradient_steps + 1 if state else None)
         table = "".join(f"|{name}|{value}|\n" for name, value in args.items())
         self.writer.add_text("arguments", f"|argument|value|\n|-|-|\n{table}", self.gradient_steps)
@@ -1516,12 +1517,12 @@ class Run:
 
     def finish(self) -> Result:
         """Write model.pt and the video, mark the run complete."""
-        result = Result(self.score, self.folder, self.folder / "model.pt" if self.args.save_model else None)
+        model = self.folder / "model.pt"
         if self.phase == "done":
             print(f"{self.folder} is complete: score {self.score:.1f}")
-            return result
+            return Result(self.score, self.folder, model if model.exists() else None)
         if self.args.save_model:
-            save(self.folder / "model.pt", self.model() | {"states": self.buffer.some_states()})  # for report.py tsne
+            save(model, self.model() | {"states": self.buffer.some_states()})  # for report.py tsne
             self.parts = {}  # what is in model.pt need not be in the checkpoint as well
         if self.args.capture_video:
             video = {"video_folder": str(self.folder / "video"), "name_prefix": "evaluation", "disable_logger": True}
@@ -1531,14 +1532,14 @@ class Run:
         self.phase, self.step = "done", 0
         self.save_checkpoint()
         print(f"{self.folder}: score {self.score:.1f}, after {self.seconds / 60:.0f} min")
-        return result
+        return Result(self.score, self.folder, model if self.args.save_model else None)
 
     def close(self) -> None:
         """Give back what the run took over, however it ended."""
         if self.writer:
             self.writer.close()
         if self.tracker:
-            self.tracker.finish()
+            self.tracker.finish(int(self.phase != "done"))  # else W&B calls a stopped run finished
         for number, handler in self.old_handlers.items():
             signal.signal(number, handler)
         self.lock.close()
