@@ -340,12 +340,12 @@ class Agent:
 
 def offline_pretrain(args: Args, run: Run, agent: Agent, buffer: ReplayBuffer) -> None:
     """Phase 1: TD3+BC, every agent on its own part of the dataset and its own batches."""
-    masked_rows, sizes = draw_masks(args.agents, buffer.n_offline, args.seed, run.device)
+    own_rows, sizes = draw_masks(args.agents, buffer.n_offline, args.seed + 1_000, run.device)
 
     @accelerate(args.compile)
     def update(update_policy: bool) -> dict:
         draws = torch.rand(args.agents, args.batch_size, dtype=torch.float64, device=run.device)
-        batch = batch_of(buffer, masked_rows.gather(1, (draws * sizes).long()))
+        batch = batch_of(buffer, own_rows.gather(1, (draws * sizes).long()))
         next_actions = smoothed_actions(agent.actor_target, batch.next_observations, args)
         target = td_target(agent.q_target, batch, next_actions, args.gamma)
         values = agent.q(batch.observations, batch.actions)
@@ -381,7 +381,7 @@ def collect(args: Args, run: Run, collector: Collector) -> None:
 
 def online_finetune(args: Args, run: Run, agent: Agent, buffer: ReplayBuffer, collector: Collector) -> None:
     """Phase 3: act, store, utd steps of the critics, one of the policies. What the offline agents have collected, the
-    first online rows, counts as offline data too."""
+    first online rows, is offline data too. That keeps all its rows; in BOORL's code the last 1,000,000 [choice]."""
     n_offline, half = buffer.n_offline + args.collect_steps, args.batch_size // 2
 
     @accelerate(args.compile)

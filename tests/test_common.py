@@ -35,6 +35,7 @@ OWN = {
     "pex": {"PHASES", "ValueFunction", "check", "train"},
     "cal_ql": {"PHASES", "check", "reward_transform", "train"},
     "oema": {"PHASES", "check", "train"},
+    "boorl": {"PHASES", "td_loss", "td3_bc_loss", "check", "reward_transform", "train"},
 }
 
 
@@ -199,6 +200,7 @@ KILLED |= {"pex --env-id antmaze-umaze-v2 --collect-steps 30": TUNING}
 KILLED |= {"cal_ql --env-id InvertedPendulum-v5 --lagrange --max-backup --utd 2": {"offline": 13} | TUNING}
 KILLED |= {"cal_ql --env-id antmaze-umaze-v2 --cql-actions 2": {"online_finetune": 43}}
 KILLED |= {"oema --env-id InvertedPendulum-v5 --collect-steps 30": {"offline": 13} | ACTING}
+KILLED |= {"boorl --env-id InvertedPendulum-v5 --collect-steps 30 --utd 2": {"offline": 13} | ACTING}
 
 
 @pytest.fixture

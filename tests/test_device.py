@@ -8,6 +8,7 @@ import sys
 import time
 import types
 
+import boorl
 import cal_ql
 import iql_opt
 import oema
@@ -24,7 +25,8 @@ from torch.utils._pytree import tree_leaves
 
 OPT = (td3_opt, spot_opt, iql_opt, rlpd_opt)
 # Without OPT's phase and arguments, and their variant.
-OTHERS = {pex: {}, oema: {}, cal_ql: {"lagrange": True, "max_backup": True, "gap_clip": 200.0}}
+SMALL = {"agents": 2, "batch_size": 32, "utd": 1, "policy_frequency": 1}  # every step is one of the policies too
+OTHERS = {pex: {}, oema: {}, boorl: SMALL, cal_ql: {"lagrange": True, "max_backup": True, "gap_clip": 200.0}}
 SCRIPTS = pytest.mark.parametrize("script", (*OPT, *OTHERS), ids=lambda s: s.__name__)
 ALONE = {"kappa_init": 1.0, "kappa_end": 1.0}
 PHASES = [("offline", {}), ("online_finetune", {"opt": False}), ("online_finetune", ALONE)]
@@ -32,7 +34,7 @@ PHASES += [("online_pretrain", {"q_on_init": kind}) for kind in ("meta", "online
 PHASES += [("online_pretrain", {"meta_second_order": True}), ("online_pretrain", {"q_on": False})]
 PHASES += [("online_finetune", {"replay": kind}) for kind in ("balanced", "online", "symmetric", "uniform")]
 # IQL's and RLPD's offline step is their online one, SPOT's has the same parts; SPOT's online pre-training is TD3's.
-COMPILED = [(td3_opt, "offline", {})]
+COMPILED = [(td3_opt, "offline", {}), (boorl, "offline", SMALL)]
 COMPILED += [(script, "online_pretrain", {}) for script in (td3_opt, iql_opt, rlpd_opt)]
 LOW = {"init_online_fraction": 0.01}  # at priorities below 1: the largest one seen rises
 COMPILED += [(script, "online_finetune", OTHERS.get(script, LOW)) for script in (*OPT, *OTHERS)]

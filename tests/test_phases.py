@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 
+import boorl
 import cal_ql
 import iql_opt
 import numpy as np
@@ -25,6 +26,7 @@ OWN = {
     pex: dict(collect_steps=30, learning_rate=1e-3),
     cal_ql: dict(cql_actions=2, actor_layers=1, critic_layers=1),
     oema: dict(collect_steps=30, learning_rate=1e-3),
+    boorl: dict(collect_steps=30, learning_rate=1e-3, agents=2),
 }
 OPT = [script for script in OWN if hasattr(script.Args, "opt")]
 VARIANTS = [(script, {}) for script in OWN] + [(script, {"opt": False}) for script in OPT]
@@ -73,6 +75,7 @@ def test_the_noise_of_the_collected_steps(script, train):
 
 
 NORMALISED = [(td3_opt, True), (spot_opt, False), (iql_opt, True), (pex, False), (cal_ql, False), (oema, False)]
+NORMALISED += [(boorl, False)]
 
 
 @pytest.mark.parametrize("script, normalised", NORMALISED)
