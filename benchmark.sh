@@ -4,7 +4,7 @@
 # Tables of the paper (10 seeds):
 #   table1    OEMA, PEX, Cal-QL, TD3, TD3+OPT        table12   SPOT or TD3, IQL, and OPT on each, all 19 tasks
 #   table2    PEX, Cal-QL, SPOT, SPOT+OPT, AntMaze   table13   RLPD, RLPD off-to-on, RLPD+OPT, all 19 tasks
-#   table3    Cal-QL, SPOT, SPOT+OPT, Adroit
+#   table3    Cal-QL, SPOT, SPOT+OPT, Adroit         table14   BOORL, TD3+OPT
 # Ablations (5 seeds):
 #   ablation-kappa    Table 7       ablation-q-on     Table 11      ablation-n-tau   Table 10
 #   ablation-init     Tables 8, 9   ablation-replay   Table 6
@@ -66,6 +66,7 @@ add_unit() { # the runs of one task and seed
     table1) baseline oema && baseline pex && baseline cal_ql && pair td3 ;;
     table2) baseline pex && baseline cal_ql && pair spot ;;
     table3) baseline cal_ql && pair spot ;;
+    table14) baseline boorl && owner='' add td3_opt td3_opt ;;
     table12) pair $backbone && pair iql ;;
     table13) pair rlpd && owner='' offline=0 add rlpd_opt rlpd_vanilla --no-opt ;;
     ablation-kappa) # the first is the paper's schedule, 0.1 to 0.9
@@ -97,7 +98,7 @@ plan() { # TABLE OPTIONS: makes the units
     local name flag number='^(0|[1-9][0-9]*)$' range='^([1-9][0-9]*|(0|[1-9][0-9]*)-(0|[1-9][0-9]*))$'
     local tasks set_here='opt$|q-on|kappa-|replay|env-id|seed|exp-name|run-dir|offline-(from|steps)|online-steps|no-resume'
     case $table in
-    table1 | ablation-q-on | ablation-replay | ablation-n-tau) tasks=$mujoco ;;
+    table1 | table14 | ablation-q-on | ablation-replay | ablation-n-tau) tasks=$mujoco ;;
     table2 | ablation-kappa) tasks=$antmaze ;;
     table3) tasks=$adroit ;;
     table12 | table13) tasks="$mujoco $antmaze $adroit" ;;

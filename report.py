@@ -34,6 +34,7 @@ plt.switch_backend("Agg")
 plt.rcParams.update({"font.size": 8, "axes.xmargin": 0.02, "figure.constrained_layout.use": True})
 # The columns of the tables: {variant, a run's exp_name: what the paper calls it}.
 TD3, SPOT, IQL = ({v: t, f"{v}_opt": f"{t}+OPT"} for v, t in (("td3", "TD3"), ("spot", "SPOT"), ("iql", "IQL")))
+BOORL = {"boorl_at_200000": "BOORL 200k", "boorl": "BOORL 300k", "td3_opt": "TD3+OPT 300k"}
 BASELINES = {"pex": "PEX", "cal_ql": "Cal-QL"}
 REPLAY = {"td3_opt": "TD3+OPT", "td3_opt_replay_online": "TD3+OPT online replay"}
 KAPPA = {"spot_opt": "kappa 0.1->0.9"} | {f"spot_opt_kappa_end_{end}": f"kappa 0.1->{end}" for end in (0.8, 0.7)}
@@ -49,6 +50,7 @@ TABLES = {  # name: (title, number in the paper, columns)
     "table12-mujoco": ("Table 12: TD3 and IQL, MuJoCo", 12, TD3 | IQL),
     "table12-others": ("Table 12: SPOT and IQL, AntMaze and Adroit", 12, SPOT | IQL),
     "table13": ("Table 13: RLPD", 13, {"rlpd_vanilla": "RLPD", "rlpd": "RLPD off-to-on", "rlpd_opt": "RLPD+OPT"}),
+    "table14": ("Table 14: BOORL, whose own protocol ends at 200,000 online steps", 14, BOORL),
     "ablation-replay": ("Table 6: what fine-tuning samples", 6, REPLAY),
     "ablation-kappa": ("Table 7: the weight of Q_on", 7, KAPPA),
     "ablation-init-mujoco": ("Table 8: how Q_on starts, MuJoCo", 8, INIT_MUJOCO),
@@ -56,7 +58,8 @@ TABLES = {  # name: (title, number in the paper, columns)
     "ablation-n-tau": ("Table 10: N_tau, with N_pretrain = 2 N_tau and as many fine-tuning steps", 10, N_TAUS),
     "ablation-q-on": ("Table 11: without Q_on", 11, {"td3_opt": "TD3+OPT", "td3_opt_no_q_on": "without Q_on"}),
 }
-UTD, N_TAU, VAE_STEPS = {"td3": 5, "spot": 1, "iql": 1, "rlpd": 20, "oema": 1, "pex": 1, "cal": 1}, 25_000, 100_000
+UTD = {"td3": 5, "spot": 1, "iql": 1, "rlpd": 20, "oema": 1, "pex": 1, "cal": 1, "boorl": 5}
+N_TAU, VAE_STEPS = 25_000, 100_000
 NEEDED = "env_id exp_name seed offline_steps online_steps utd device_name threads"
 # Arguments in which the runs of one cell may differ.
 BOOKKEEPING = "seed exp_name script run_dir device offline_from checkpoint_freq resume save_model snapshots track"
@@ -169,6 +172,10 @@ def read_runs(folder: Path, notes: list[str]) -> pd.DataFrame:
             first = runs.setdefault((run["variant"], run["task"], run["seed"], run["steps"]), run)
             if first is not run:
                 raise ValueError(f"the same variant, task, seed and steps as {first['folder']}")
+            if run["variant"] == "boorl" and 200_000 in (curve := run["curve"]):  # a column on its way
+                early = {"variant": "boorl_at_200000", "curve": curve[:200_000], "score": curve[200_000]}
+                early |= {"last_five": curve[:200_000].tail(5).mean(), **dict.fromkeys(RATES + HOURS, math.nan)}
+                runs[early["variant"], run["task"], run["seed"], run["steps"]] = run | early
         except json.JSONDecodeError:
             notes.append(f"{path}: args.json is damaged, left out")
         except (OSError, ValueError) as reason:

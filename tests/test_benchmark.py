@@ -27,6 +27,7 @@ COUNTS = {
     "table3": ADROIT * 3 * 10,
     "table12": (MUJOCO + ANTMAZE + ADROIT) * 4 * 10,
     "table13": (MUJOCO + ANTMAZE + ADROIT) * 3 * 10,
+    "table14": MUJOCO * 2 * 10,
     "ablation-kappa": ANTMAZE * 6 * 5,
     "ablation-init": (MUJOCO * 3 + ANTMAZE * 4) * 5,
     "ablation-q-on": MUJOCO * 2 * 5,
@@ -82,7 +83,7 @@ def test_tables_are_plain_commands(table):
     for command in commands:
         words = shlex.split(command)
         assert words[0] == "python" and re.fullmatch(
-            r"algorithms/(oema|pex|cal_ql|(td3|spot|iql|rlpd)_opt)\.py", words[1]
+            r"algorithms/(boorl|oema|pex|cal_ql|(td3|spot|iql|rlpd)_opt)\.py", words[1]
         )
         owner = values(command).get("--offline-from")
         if owner:  # it comes earlier, and is the same script, task and seed
@@ -96,7 +97,8 @@ def test_tables_are_plain_commands(table):
     of_report = set()
     for name, (_, n, headings) in report.TABLES.items():
         if name == table or name.startswith(f"{table}-"):
-            of_report |= {(v, task) for v, m in headings.items() for method, task in scores[n] if method == m}
+            own = {v: m for v, m in headings.items() if v != "boorl_at_200000"}  # on the way of boorl's runs
+            of_report |= {(v, task) for v, m in own.items() for method, task in scores[n] if method == m}
     assert cells == of_report
 
 

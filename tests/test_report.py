@@ -393,6 +393,22 @@ def test_odd_runs_are_named_and_crash_nothing(no_figures, tmp_path):
     assert "speed.csv, line 2: half-written or" in notes and "speed.csv, line 3: half-written or" in notes
 
 
+def test_boorl_has_its_own_protocol_s_column_too(no_figures, tmp_path):
+    """Its score after 200,000 of 300,000 steps and after the last, each beside the paper's number."""
+    for seed, scores in enumerate(([0, 10, 20, 30], [0, 30, 60, 90])):  # at 0, 100,000, 200,000, 300,000
+        write_run(tmp_path / "runs", "boorl", "hopper-random-v2", seed, scores, online_steps=300_000)
+    write_run(tmp_path / "runs", "boorl", "hopper-random-v2", 0, [0, 7, 8], online_steps=200_000)
+    text, scores, _ = make(tmp_path / "runs", tmp_path / "out")
+    cells = {(row["online"], row["variant"]): (row["mean"], row["paper"]) for row in scores}
+    assert {key: (float(mean), float(paper)) for key, (mean, paper) in cells.items()} == {
+        ("300000", "boorl_at_200000"): (40.0, 102.2),
+        ("300000", "boorl"): (60.0, 108.5),
+        ("200000", "boorl_at_200000"): (8.0, 102.2),
+        ("200000", "boorl"): (8.0, 108.5),
+    }
+    assert "BOORL 200k" in text and "40.0 ± " in text
+
+
 def test_every_number_of_the_paper_is_known():
     paper = report.read_paper()
     assert (
@@ -401,7 +417,7 @@ def test_every_number_of_the_paper_is_known():
     for title, n, headings in report.TABLES.values():
         assert f"Table {n}:" in title
         assert {method for method, _ in paper[n]} >= set(headings.values())
-        if n not in (1, 2, 3, 12):  # those have the other papers' methods as well
+        if n not in (1, 2, 3, 12, 14):  # those have the other papers' methods as well
             assert {method for method, _ in paper[n]} == set(headings.values())
 
 
