@@ -28,11 +28,14 @@ from torch import nn
 from tqdm import tqdm
 
 ALGORITHMS = Path(__file__).resolve().parent / "algorithms"
-NAMES = ("TD3", "SPOT", "IQL", "RLPD")
+NAMES = ("TD3", "SPOT", "IQL", "RLPD")  # with OPT
+SCRIPTS = {name: f"{name.lower()}_opt" for name in NAMES}
+BASELINES = {"PEX": "pex", "Cal-QL": "cal_ql", "OEMA": "oema", "BOORL": "boorl"}
+SETTINGS = {"Cal-QL": {"env_id": "hopper-random-v2", "actor_layers": 2, "critic_layers": 2}}  # hidden layers as TD3's
 OBSERVATION_DIM, ACTION_DIM, BATCH_SIZE, N_OFFLINE, N_ONLINE = 11, 3, 256, 1_000_000, 25_000
 Q_ON_ALONE = {"kappa_init": 1.0, "kappa_end": 1.0}
 MIXED = {"kappa_init": 0.1, "kappa_end": 0.9, "kappa_decay": 1_000}
-TAKEN = 200  # steps a measurement; of RLPD's a fifth
+TAKEN = 200  # steps a measurement; of RLPD's and Cal-QL's a fifth
 PLAIN, JAX = "offline, TD3 in plain eager PyTorch", "offline, TD3 in JAX"
 TEN, TWO = "offline, RLPD, 20 critic steps a policy step", "offline, RLPD of 2 critics, 20 critic steps a policy step"
 ALL_PHASES = ["--offline-steps", 0, "--online-steps", 3_300, "--n-tau", 3_000, "--n-pretrain", 10]
@@ -60,7 +63,7 @@ class NoLoop:
 
 def script_steps(name: str, buffer, compiled: bool) -> dict[str, tuple[Callable, int]]:
     """The gradient steps of a script by what they are of, each a function of its index, and how many a round takes."""
-    script, found, device = importlib.import_module(f"{name.lower()}_opt"), {}, buffer.rows.device
+    script, found, device = importlib.import_module((SCRIPTS | BASELINES)[name]), {}, buffer.rows.device
     built, accelerate = [], script.accelerate
 
     def keep(compiled: bool):
@@ -68,24 +71,31 @@ def script_steps(name: str, buffer, compiled: bool) -> dict[str, tuple[Callable,
 
     def of_phase(phase: Callable, labels: list[str], **variant) -> None:
         args = script.resolve(script.Args(device=device.type, compile=compiled, **variant))
-        agent, rest = script.Agent(args, OBSERVATION_DIM, ACTION_DIM, device), ()
-        if phase is script.online_finetune:
-            balanced = script.BalancedReplay(buffer, BATCH_SIZE, device) if args.replay == "balanced" else None
-            if balanced:
-                balanced.start(args.init_online_fraction)
-            rest = (balanced, None)
+        agent = script.Agent(args, OBSERVATION_DIM, ACTION_DIM, device)
+        others = dict.fromkeys(list(inspect.signature(phase).parameters)[4:])  # the collector, which is not asked
+        if "balanced" in others and getattr(args, "replay", "balanced") == "balanced":
+            others["balanced"] = script.BalancedReplay(buffer, BATCH_SIZE, device)
+            others["balanced"].start(getattr(args, "init_online_fraction", 0.5))
+        if "returns" in others:
+            others["returns"] = script.Returns(args, script.Transitions(*columns()), buffer)
         built.clear()
-        phase(args, NoLoop(device), agent, buffer, *rest)
+        phase(args, NoLoop(device), agent, buffer, **others)
         every = getattr(args, "policy_frequency", 20 if variant.get("offline_utd") != 1 else 1)
+        every = args.utd if name == "BOORL" and phase is script.online_finetune else every
         for label, (step, signature) in zip(labels, built, strict=True):
             flagged = functools.partial(lambda step, every, i: step((i + 1) % every == 0), step, every)
             found[label] = (
                 (flagged if signature.parameters else lambda i, step=step: step()),
-                TAKEN // 5 if name == "RLPD" else TAKEN,
+                TAKEN // 5 if name in ("RLPD", "Cal-QL") else TAKEN,
             )
 
     script.accelerate = keep
     try:
+        if name in BASELINES:
+            variant = SETTINGS.get(name, {}) | ({"collect_steps": N_ONLINE} if name == "BOORL" else {})
+            of_phase(script.offline_pretrain, [f"offline, {name}"], **variant)
+            of_phase(script.online_finetune, [f"fine-tuning, {name}"], **variant)
+            return found
         offline = {"offline_utd": 1} if name == "RLPD" else {}
         of_phase(
             script.offline_pretrain, ["SPOT's VAE"] * (name == "SPOT") + [f"offline, {name}"], opt=False, **offline
@@ -241,7 +251,7 @@ def contestants(compiled: bool) -> dict[str, Callable[[], float]]:
     buffer = td3_opt.ReplayBuffer(td3_opt.Transitions(*data), N_ONLINE, device)
     buffer.load_state_dict({"added": N_ONLINE, "online_rows": buffer.rows[:N_ONLINE].clone()})
     td3_opt.tune(NoLoop(device))
-    for name in NAMES:
+    for name in SCRIPTS | BASELINES:
         steps |= script_steps(name, buffer, compiled)
 
     def measure(step: Callable, n: int) -> float:
@@ -261,14 +271,16 @@ def contestants(compiled: bool) -> dict[str, Callable[[], float]]:
 def hours(ms: dict[str, float]) -> dict[str, float]:
     """Hours of gradient steps in a run of the whole protocol, from milliseconds a step."""
     found = {}
-    for name in NAMES:
-        script = importlib.import_module(f"{name.lower()}_opt")
-        args = script.resolve(script.Args())
+    for name, script in (SCRIPTS | BASELINES).items():
+        script = importlib.import_module(script)
+        args = script.resolve(script.Args(**SETTINGS.get(name, {})))
         offline = args.offline_steps * ms[f"offline, {name}"]
         offline += args.vae_steps * ms["SPOT's VAE"] if name == "SPOT" else 0
-        steps, step = args.online_steps * args.utd, f"fine-tuning, {name}"
-        pretrain = args.n_pretrain * ms[f"online pre-training, {name}+OPT"]
+        steps, step = (args.online_steps - getattr(args, "collect_steps", 0)) * args.utd, f"fine-tuning, {name}"
         found[name] = offline + steps * ms[step]
+        if name in BASELINES:
+            continue
+        pretrain = args.n_pretrain * ms[f"online pre-training, {name}+OPT"]
         for kappa in ("kappa = 1", "kappa < 1"):
             after = steps - args.n_tau * args.utd
             found[f"{name}+OPT, {kappa}"] = offline + pretrain + after * ms[f"{step}+OPT, {kappa}"]
@@ -284,7 +296,7 @@ def report(rounds: list[dict[str, float]]) -> str:
     lines = ["| a gradient step | ms | a second |", "|---|---|---|"]
     lines += [f"| {what} | {spread(ms)} | {1e3 / medians[what]:.0f} |" for what, ms in every.items()]
     pairs = [(PLAIN, "offline, TD3")] + [("offline, TD3", JAX)] * (JAX in every)
-    pairs += [(f"offline, {name}", "offline, TD3") for name in ("SPOT", "IQL")] + [(TEN, TWO)]
+    pairs += [(f"offline, {name}", "offline, TD3") for name in ("SPOT", "IQL", *BASELINES)] + [(TEN, TWO)]
     pairs += [(f"fine-tuning, {n}+OPT, kappa {sign} 1", f"fine-tuning, {n}") for n in NAMES for sign in "=<"]
     lines += ["", "| ratio, of one round | |", "|---|---|"]
     lines += [f"| {a} / {b} | {spread([times[a] / times[b] for times in rounds])} |" for a, b in pairs]
@@ -335,7 +347,7 @@ def positive(text: str) -> int:
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=positive, default=5, help="default: 5, of half a minute each")
+    parser.add_argument("--rounds", type=positive, default=5, help="default: 5, of a minute each")
     parser.add_argument("--threads", type=positive, default=2, help="threads, and cores, to use (default: 2)")
     parser.add_argument("--no-compile", action="store_true", help="the scripts' steps as with their --no-compile")
     args = parser.parse_args()

@@ -15,6 +15,7 @@ import speed
 
 FINE_TUNING = ("fine-tuning, {}", "fine-tuning, {}+OPT, kappa = 1", "fine-tuning, {}+OPT, kappa < 1")
 STEPS = {name: ["offline, {}", "online pre-training, {}+OPT", *FINE_TUNING] for name in speed.NAMES}
+STEPS |= {name: ["offline, {}", "fine-tuning, {}"] for name in speed.BASELINES}
 LABELS = [label.format(name) for name, labels in STEPS.items() for label in labels]
 LABELS += ["SPOT's VAE", speed.TEN, speed.TWO, speed.PLAIN, speed.JAX]
 
@@ -28,7 +29,7 @@ def small(monkeypatch):
 
 def test_every_step_of_every_script_is_timed(small, monkeypatch):
     """Without compiling; a step moves the networks, and nothing of the scripts is left changed."""
-    scripts = [importlib.import_module(f"{name.lower()}_opt") for name in speed.NAMES]
+    scripts = [importlib.import_module(script) for script in (speed.SCRIPTS | speed.BASELINES).values()]
     accelerate, agents = [script.accelerate for script in scripts], []
     for script in scripts:
         monkeypatch.setattr(script, "tune", lambda args: None)
@@ -39,8 +40,9 @@ def test_every_step_of_every_script_is_timed(small, monkeypatch):
     measures = speed.contestants(compiled=False)
     assert sorted(measures) == sorted(LABELS)
     assert [script.accelerate for script in scripts] == accelerate
-    assert all(measures[label]() == (4 if "RLPD" in label else 20) for label in LABELS if "TD3" not in label)
-    assert len(agents) == 5 + 5 + 5 + 7
+    for label in (label for label in LABELS if "TD3" not in label):
+        assert measures[label]() == (4 if "RLPD" in label or "Cal-QL" in label else 20)
+    assert len(agents) == 5 + 5 + 5 + 7 + 2 * 4
     for agent in agents:
         moved = [float(state["step"]) for part in agent.parts().values() if isinstance(part, torch.optim.Adam)
                  for state in part.state.values()]  # fmt: skip
@@ -91,6 +93,7 @@ def test_medians_ratios_and_hours():
     assert hours["TD3"] == f"{(1e6 * 2 + 300e3 * 5 * 2) / 3.6e6:.1f}"
     assert hours["TD3+OPT, kappa = 1"] == f"{(1e6 * 2 + 50e3 * 2 + 275e3 * 5 * 4) / 3.6e6:.1f}"
     assert hours["SPOT"] == f"{(100e3 * 2 + 1e6 * 2 + 300e3 * 2) / 3.6e6:.1f}"
+    assert hours["BOORL"] == f"{(1e6 * 2 + 275e3 * 5 * 2) / 3.6e6:.1f}"  # 25,000 steps without an update
     without = [{label: 2.0 for label in LABELS if label != speed.JAX}]
     assert "JAX" not in speed.report(without)
 
