@@ -64,6 +64,7 @@ NEEDED = "env_id exp_name seed offline_steps online_steps utd device_name thread
 # Arguments in which the runs of one cell may differ.
 BOOKKEEPING = "seed exp_name script run_dir device offline_from checkpoint_freq resume save_model snapshots track"
 BOOKKEEPING += " capture_video progress wandb_project_name wandb_entity wandb_id versions device_name threads"
+BOOKKEEPING += " compile products"
 # Arguments that make the variants of one row: beside these its columns of one backbone may differ in nothing.
 VARIANT = "opt q_on q_on_init replay kappa_init kappa_end kappa_decay init_online_fraction random_steps"
 VARIANT += " offline_steps online_steps n_tau n_pretrain"
@@ -455,6 +456,8 @@ def load_agent(path: Path, advice: str) -> tuple:
     model = read_model(path, ["script", "args", "action_dim", "observation_mean", "reward_scale"], advice)
     try:
         script = importlib.import_module(Path(model["script"]).stem)
+        if not hasattr(script.Args, "opt"):
+            bad_input(f"{path} is of {model['script']}, which has no Q_on to compare: write a run of a script with OPT")
         args = {name: value for name, value in model["args"].items() if name in script.Args.__annotations__}
         dimensions = len(model["observation_mean"]), model["action_dim"]
         agent = script.Agent(script.Args(**args), *dimensions, torch.device("cpu"))

@@ -140,8 +140,7 @@ def check(args: Args) -> None:
     require(args.env_id not in ANTMAZE_TASKS + ADROIT_TASKS, f"{what}: {other}")
     steps, limit = args.collect_steps, f"at most --online-steps ({args.online_steps})"
     require(steps <= args.online_steps, f"--collect-steps is {steps}: write {limit}")
-    what = f"--batch-size is {args.batch_size}, of which online each buffer gives half: write an even number"
-    require(args.batch_size % 2 == 0, what)
+    require(args.batch_size % 2 == 0, f"--batch-size is {args.batch_size}: write an even one, half for each buffer")
 
 
 def reward_transform(env_id: str, dataset: Transitions) -> tuple[float, float]:
@@ -276,7 +275,7 @@ def soft_update(target: nn.Module, source: nn.Module, tau: float) -> None:
 
 @torch.no_grad()
 def smoothed_actions(actor_target: nn.Module, observations: torch.Tensor, args: Args) -> torch.Tensor:
-    """TD3's target policy smoothing: pi'(s) + clip(noise), [B, action_dim]."""
+    """TD3's target policy smoothing: pi'_i(s) + clip(noise), [agents, B, action_dim]."""
     actions = actor_target(observations)
     noise = (torch.randn_like(actions) * args.policy_noise).clamp(-args.noise_clip, args.noise_clip)
     return (actions + noise).clamp(-1, 1)
@@ -284,7 +283,7 @@ def smoothed_actions(actor_target: nn.Module, observations: torch.Tensor, args: 
 
 @torch.no_grad()
 def td_target(q_target: nn.Module, batch: Transitions, next_actions: torch.Tensor, gamma: float) -> torch.Tensor:
-    """The bracket of Eq. 2: r + gamma (1 - terminal) min_i Q'_i(s', a'), [B]."""
+    """The bracket of Eq. 2 for agent i: r + gamma (1 - terminal) min(Q'_i1, Q'_i2)(s', a'), [agents, B]."""
     next_values = q_target(batch.next_observations, next_actions).amin(0)
     return batch.rewards + gamma * (1 - batch.terminals) * next_values
 
@@ -844,7 +843,7 @@ def check_dataset(dataset: Transitions, env: gym.Env, args: Args) -> None:
 
 
 def evaluate(policy: Policy, env: gym.Env, env_id: str, episodes: int, seed: int) -> dict:
-    """Roll out `episodes` episodes without noise, from the same start states each time; columns of evals.csv."""
+    """Roll out `episodes` episodes with `policy(s)`, from the same start states each time; columns of evals.csv."""
     policy.refresh()
     returns, lengths, successes, told = [], [], [], False
     for episode in range(episodes):

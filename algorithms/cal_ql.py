@@ -434,8 +434,9 @@ def cal_ql_step(args: Args, agent: Agent, batch: Transitions, returns: torch.Ten
     q_loss = (td_losses + weight * gaps).sum()
     minimize(q_loss, agent.q_optimizer)
     soft_update(agent.q_target, agent.q, args.tau)
-    metrics |= {"q_loss": q_loss, "td_loss": td_losses.sum(), "q_mean": data_values.mean()}
-    return metrics | {"actor_loss": actor_loss, "temperature": alpha, "entropy": -log_pi.mean()}
+    metrics |= {"q_loss": q_loss, "td_loss": td_losses.sum(), "q_data_mean": data_values.mean()}
+    metrics |= {"q_mean": pi_values.mean(), "actor_loss": actor_loss}
+    return metrics | {"temperature": alpha, "entropy": -log_pi.mean()}
 
 
 def offline_pretrain(args: Args, run: Run, agent: Agent, buffer: ReplayBuffer, returns: Returns) -> None:
@@ -913,7 +914,7 @@ def check_dataset(dataset: Transitions, env: gym.Env, args: Args) -> None:
 
 
 def evaluate(policy: Policy, env: gym.Env, env_id: str, episodes: int, seed: int) -> dict:
-    """Roll out `episodes` episodes without noise, from the same start states each time; columns of evals.csv."""
+    """Roll out `episodes` episodes with `policy(s)`, from the same start states each time; columns of evals.csv."""
     policy.refresh()
     returns, lengths, successes, told = [], [], [], False
     for episode in range(episodes):

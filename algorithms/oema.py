@@ -976,7 +976,7 @@ def check_dataset(dataset: Transitions, env: gym.Env, args: Args) -> None:
 
 
 def evaluate(policy: Policy, env: gym.Env, env_id: str, episodes: int, seed: int) -> dict:
-    """Roll out `episodes` episodes without noise, from the same start states each time; columns of evals.csv."""
+    """Roll out `episodes` episodes with `policy(s)`, from the same start states each time; columns of evals.csv."""
     policy.refresh()
     returns, lengths, successes, told = [], [], [], False
     for episode in range(episodes):

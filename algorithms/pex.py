@@ -8,7 +8,7 @@
 # ///
 """PEX: policy expansion (Zhang et al., ICLR 2023), one of the methods that the OPT paper compares itself with.
 
-usage: python pex.py --env-id antmaze-medium-play-v2   IQL offline, then PEX
+usage: python pex.py --env-id hopper-random-v2   IQL offline, then PEX
 
 How to read this file: first the algorithm, in the order of its phases, down to `train`. Then, from the banner on, the
 same text in every script: replay buffer, tasks and data, the run's folder.
@@ -320,9 +320,9 @@ def expectile_loss(difference: torch.Tensor, expectile: float) -> torch.Tensor:
     return (torch.where(difference < 0, 1 - expectile, expectile) * difference.square()).mean()
 
 
-def weighted_imitation_loss(log_probs: torch.Tensor, advantages: torch.Tensor, beta: float) -> torch.Tensor:
-    """A policy's loss: -mean min(exp(beta A), 100) log pi(a|s), of log pi(a|s) and A, [B] each."""
-    return -((beta * advantages).exp().clamp(max=100) * log_probs).mean()
+def imitation_weights(advantages: torch.Tensor, beta: float) -> torch.Tensor:
+    """min(exp(beta A), 100), [B]: a policy's loss is the mean of -weight log pi(a|s)."""
+    return (beta * advantages).exp().clamp(max=100)
 
 
 # The agent and the phases =============================================================================================
@@ -375,10 +375,10 @@ def offline_pretrain(args: Args, run: Run, agent: Agent, buffer: ReplayBuffer) -
     def update() -> dict:
         batch = buffer[buffer.sample("offline", args.batch_size)]
         advantages, metrics = value_step(args, agent, batch, agent.offline_optimizer)
-        log_probs = agent.pi_1.log_prob(batch.observations, batch.actions)
-        actor_loss = weighted_imitation_loss(log_probs, advantages, args.beta)
+        weights = imitation_weights(advantages, args.beta)
+        actor_loss = -(weights * agent.pi_1.log_prob(batch.observations, batch.actions)).mean()
         minimize(actor_loss, agent.pi_1_optimizer)
-        return metrics | {"actor_loss": actor_loss}
+        return metrics | {"actor_loss": actor_loss, "advantage_weight_mean": weights.mean()}
 
     for step in run.loop("offline", args.offline_steps, gradient=1):
         learning_rate.fill_(args.learning_rate * (1 + math.cos(math.pi * step / args.offline_steps)) / 2)
@@ -407,10 +407,11 @@ def online_finetune(args: Args, run: Run, agent: Agent, buffer: ReplayBuffer, co
         with torch.no_grad():  # pi_2 imitates the composite, not the batch's actions; Q, Q' and V are the new ones
             actions, second = agent.composite.sample(batch.observations)
             advantages = min_q(agent.q_target, batch.observations, actions) - agent.v(batch.observations)
-        log_probs = agent.pi_2.log_prob(batch.observations, actions)
-        actor_loss = weighted_imitation_loss(log_probs, advantages, args.beta)
+        weights = imitation_weights(advantages, args.beta)
+        actor_loss = -(weights * agent.pi_2.log_prob(batch.observations, actions)).mean()
         minimize(actor_loss, agent.pi_2_optimizer)
-        return metrics | {"actor_loss": actor_loss, "pi_2_share": second.float().mean()}
+        metrics |= {"actor_loss": actor_loss, "advantage_weight_mean": weights.mean()}
+        return metrics | {"pi_2_share": second.float().mean()}
 
     for _ in run.loop("online_finetune", args.online_steps - args.collect_steps, env=1, gradient=args.utd):
         run.policy.refresh()
@@ -852,7 +853,7 @@ def check_dataset(dataset: Transitions, env: gym.Env, args: Args) -> None:
 
 
 def evaluate(policy: Policy, env: gym.Env, env_id: str, episodes: int, seed: int) -> dict:
-    """Roll out `episodes` episodes without noise, from the same start states each time; columns of evals.csv."""
+    """Roll out `episodes` episodes with `policy(s)`, from the same start states each time; columns of evals.csv."""
     policy.refresh()
     returns, lengths, successes, told = [], [], [], False
     for episode in range(episodes):

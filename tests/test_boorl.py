@@ -643,7 +643,7 @@ def test_every_task_has_the_same_values(env, kind):
         ("--bc-alpha is 0.0: write a positive number", dict(bc_alpha=0.0)),
         ("--collect-steps is -1: write 0 or more", dict(collect_steps=-1)),
         ("--collect-steps is 25000: write at most --online-steps (24999)", dict(online_steps=24_999)),
-        ("--batch-size is 255, of which online each buffer gives half: write an even number", dict(batch_size=255)),
+        ("--batch-size is 255: write an even one, half for each buffer", dict(batch_size=255)),
     ],
 )
 def test_its_own_arguments(words, arguments):

@@ -35,7 +35,8 @@ OWN = {
     "pex": {"PHASES", "ValueFunction", "check", "train"},
     "cal_ql": {"PHASES", "check", "reward_transform", "train"},
     "oema": {"PHASES", "check", "train"},
-    "boorl": {"PHASES", "td_loss", "td3_bc_loss", "check", "reward_transform", "train"},
+    "boorl": {"PHASES", "smoothed_actions", "td_target", "td_loss", "td3_bc_loss", "check"}
+    | {"reward_transform", "train"},
 }
 
 

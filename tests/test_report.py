@@ -520,6 +520,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys, monkeypatch):
     torch.save(model, tmp_path / "model.pt")
     torch.save(model | {"script": "lost.py"}, tmp_path / "lost.pt")
     torch.save(model | {"script": "iql_opt.py"}, tmp_path / "iql.pt")
+    torch.save(model | {"script": "pex.py"}, tmp_path / "pex.pt")
     torch.save(model | {"args": model["args"] | {"env_id": "hopper-medium-v2"}}, tmp_path / "hopper.pt")
     for maze in ("umaze", "medium"):
         mazes = model | {"args": model["args"] | {"env_id": f"antmaze-{maze}-play-v2"}}
@@ -544,6 +545,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys, monkeypatch):
         "bias run --reference old.pt": "which has script and args",
         "bias run --reference lost.pt": "does not fit",
         "bias run --reference iql.pt": "iql_opt.py (",
+        "bias run --reference pex.pt": "is of pex.py, which has no Q_on to compare",
         "bias run --reference hopper.pt": "run is of InvertedPendulum, --reference of hopper",
         "bias medium --reference umaze.pt": "medium is of antmaze-medium, --reference of antmaze-umaze",
         "bias torn --reference .": "offline-0-9.pt cannot be read",
