@@ -334,13 +334,14 @@ def make_panels(titles: list[str], x_label: str) -> tuple[plt.Figure, dict[str, 
 
 
 def save(figure: plt.Figure, title: str, path: Path, handles: dict | None = None, columns: int = 1) -> Path:
-    """Write a figure, its title broken where the figure ends, its legend below."""
+    """Write a figure as PNG and PDF, its title broken where the figure ends, its legend below."""
     lines = [textwrap.fill(line, int(13 * figure.get_figwidth())) for line in title.splitlines()]
     figure.suptitle("\n".join(lines))
     if handles:
         figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
+    figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
     plt.close(figure)
     return path
 
@@ -350,7 +351,7 @@ def styled_columns(table: Table, runs: pd.DataFrame) -> Iterator[tuple[str, dict
     for variant, column in runs.groupby("variant", observed=True):
         sizes = column.groupby("task", observed=True).size()
         seeds = " to ".join(map(str, sorted({sizes.min(), sizes.max()})))
-        style = STYLES[list(table.headings).index(variant) % len(STYLES)]
+        style = STYLES[list(reversed(table.headings)).index(variant) % len(STYLES)]  # OPT, the last, is the same in all
         yield variant, style, f"{table.headings[variant]} ({seeds} seed{'s' * (seeds != '1')})", column
 
 
@@ -361,7 +362,7 @@ def draw_line(axis: plt.Axes, mean: pd.Series, low: pd.Series, high: pd.Series, 
 
 
 def draw_curves(table: Table, runs: pd.DataFrame, path: Path) -> Path:
-    """Learning curves of the online phase: mean and 95% band over seeds, and a thin line a seed."""
+    """Learning curves of the online phase: the mean, a thin line a seed, and a 95% band where it is not the panel."""
     curves = {task: of_task.curve for task, of_task in runs.groupby("task", observed=True)}
     figure, panels = make_panels(list(curves), "environment steps (thousands)")
     handles, n_tau = {}, {}
@@ -371,17 +372,17 @@ def draw_curves(table: Table, runs: pd.DataFrame, path: Path) -> Path:
             for curve in seeds.curve:
                 axis.plot(curve.index / 1000, curve, color=style["color"], linewidth=0.5, alpha=0.5)
             common = pd.concat(list(seeds.curve), axis=1, join="inner")
-            mean, band = common.mean(axis=1), common.apply(half_interval, axis=1).fillna(0)
+            mean, band = common.mean(axis=1), common.apply(half_interval, axis=1).fillna(0) * (len(seeds) >= 5)
             handles[label] = draw_line(axis, mean, mean - band, mean + band, style)
             if args.get("opt"):  # in N_tau's ablation each its own, in the style of its curve
                 own = {name: style[name] for name in ("color", "linestyle") if table.name == "ablation-n-tau"}
                 n_tau["N_tau"] = axis.axvline(args["n_tau"] / 1000, **LANDMARK | own)
-    for task, axis in panels.items():  # of few seeds the band can be many times as wide as all scores: cut it off
+    for task, axis in panels.items():  # what of a band goes beyond all scores is cut off
         low, high = curves[task].map(min).min(), curves[task].map(max).max()
         margin = 0.05 * (high - low) or 1
         axis.set_ylim(low - margin, high + margin)
     figure.supylabel(" or ".join(sorted(set(runs.unit))))
-    title = f"{table.title}\nsteps {runs.label.iloc[0]}; mean and 95% interval (cut off at the axis), thin: each seed"
+    title = f"{table.title}\nsteps {runs.label.iloc[0]}; mean, its 95% interval from 5 seeds on, thin: each seed"
     return save(figure, title, path, handles | n_tau, columns=2 if len(panels) < 3 else 3)
 
 

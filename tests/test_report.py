@@ -115,6 +115,7 @@ def test_means_intervals_totals_and_iqm(runs, tmp_path):
     assert left_out(text) == ["nothing"]
     for name in ("table1-curves.png", "table1-scores.png"):
         assert name in text and (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / "out" / name).with_suffix(".pdf").read_bytes().startswith(b"%PDF")
 
 
 def own_bootstrap(scores: np.ndarray, repetitions: int = 4000) -> tuple[float, float]:
@@ -191,7 +192,7 @@ def figures(monkeypatch):
 
 
 def test_curves_show_each_seed_and_span_the_seeds_alone_and_their_titles_fit(figures, tmp_path):
-    """Two seeds' interval is 12.7 standard errors to each side: it must not set the axis."""
+    """Two seeds' interval is 12.7 standard errors to each side, which would be all of the panel."""
     steps = {"offline_steps": 123_456, "n_tau": 12_345, "n_pretrain": 123_456, "utd": 7}
     for seed, scores in enumerate(([0, 10, 20], [0, 30, 100])):
         write_run(tmp_path / "runs", "td3_opt", "hopper-random-v2", seed, scores, **steps)
@@ -200,11 +201,21 @@ def test_curves_show_each_seed_and_span_the_seeds_alone_and_their_titles_fit(fig
     lines = [list(line.get_ydata()) for line in axis.lines if len(line.get_ydata()) == 3]
     assert lines == [[0, 10, 20], [0, 30, 100], [0, 20, 60]]  # and their mean
     assert axis.get_ylim() == (-5, 105)
+    assert np.ptp(axis.collections[0].get_paths()[0].vertices[:, 1]) == 60  # the mean's range: no band
     for name in ("table1-curves.png", "table1-scores.png"):
         figures[name].draw_without_rendering()
         title, panel = (of.get_window_extent() for of in (figures[name]._suptitle, figures[name].axes[0]))
         assert "N_pretrain 123,456" in figures[name]._suptitle.get_text()
         assert 0 < title.x0 < title.x1 < figures[name].bbox.x1 and title.y0 > panel.y1
+
+
+def test_a_band_from_five_seeds_on(figures, tmp_path):
+    for seed in range(5):
+        write_run(tmp_path / "runs", "td3", "hopper-random-v2", seed, [0, 0, 10 * seed])
+    make(tmp_path / "runs", tmp_path / "out")
+    band = figures["table1-curves.png"].axes[0].collections[0].get_paths()[0].vertices
+    # 0, 10, 20, 30, 40: mean 20, standard error 15.811 / sqrt(5), and t of 4 degrees of freedom 2.7764
+    assert band[:, 1].max() == pytest.approx(39.632, abs=1e-3) and band[:, 1].min() == pytest.approx(0)
 
 
 def test_other_steps_are_other_rows(runs, no_figures, tmp_path):
