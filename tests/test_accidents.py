@@ -255,7 +255,12 @@ def test_what_train_gives_back(pendulum_file, tmp_path, capsys):
         f"td3_opt.py: {tmp_path / 'run'}: 5,000 transitions from {pendulum_file}; 6 + 60 steps on cpu"
     )
     assert lines[-2].startswith(f"{tmp_path / 'run'}: score {first.score:.1f}, after 0 min")
-    assert td3_opt.train(Args(**(arguments | dict(run_dir=str(tmp_path / "b"), save_model=False)))).model is None
+    arguments |= dict(run_dir=str(tmp_path / "b"), save_model=False)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "events.out.tfevents.another's").touch()  # in a fresh run's folder it stays
+    assert td3_opt.train(Args(**arguments)).model is None
+    assert td3_opt.train(Args(**(arguments | dict(save_model=True)), resume=True)).model is None  # none was written
+    assert len(list((tmp_path / "b").glob("events.out.tfevents.*"))) == 2
 
 
 def test_an_evaluation_with_random_numbers_leaves_those_of_training_alone(pendulum_file, tmp_path, monkeypatch):

@@ -495,15 +495,17 @@ def test_wandb_gets_each_point_once_after_a_resume_too(run, home, pendulum_file,
     result = run(*arguments, "--resume")
     assert result.returncode == 0, result.stderr
     assert not [path for path in (tmp_path / "runs").rglob("*") if path.is_symlink() or path.name == "wandb"]
-    points, files = [], sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    points, ends, files = [], [], sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     assert len(files) == 2 and len({path.name for path in files}) == 1  # one run, in two parts
     for path in files:
         for data in wandb_records(path.read_bytes()):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(data)
+            ends += [record.exit.exit_code] if record.HasField("exit") else []
             keys = {(item.key or "/".join(item.nested_key)): item.value_json for item in record.history.item}
             if "eval/return_mean" in keys:
                 points.append((int(keys["global_step"]), float(keys["eval/return_mean"])))
+    assert ends == [1, 0]  # stopped, then finished
     evals = [(int(r["gradient_steps"]), float(r["return_mean"])) for r in rows(tmp_path / "runs" / "run")]
     assert [step for step, _ in points] == [step for step, _ in evals]
     assert [value for _, value in points] == pytest.approx([value for _, value in evals], abs=1e-3)
