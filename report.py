@@ -547,13 +547,17 @@ def report(runs_folder: Path, out: Path) -> str:
     return text
 
 
+def expanded(text: str) -> Path:
+    return Path(text).expanduser()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=("tables", "bias", "tsne"), default="tables")
-    parser.add_argument("folders", nargs="*", type=Path, metavar="RUN", help="run folders, for bias and tsne")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="the folder of all runs (default: runs)")
-    parser.add_argument("--out", type=Path, default=Path("report"), help="where to write (default: report)")
-    parser.add_argument("--reference", type=Path, help="for bias: a near-optimal run's model.pt, or its folder")
+    parser.add_argument("folders", nargs="*", type=expanded, metavar="RUN", help="run folders, for bias and tsne")
+    parser.add_argument("--runs", type=expanded, default=Path("runs"), help="the folder of all runs (default: runs)")
+    parser.add_argument("--out", type=expanded, default=Path("report"), help="where to write (default: report)")
+    parser.add_argument("--reference", type=expanded, help="for bias: a near-optimal run's model.pt, or its folder")
     parser.error = bad_input
     args = parser.parse_args()
     fits = {"tables": not args.folders, "bias": args.folders and args.reference, "tsne": len(args.folders) == 1}

@@ -520,14 +520,19 @@ class Collector:
         self.episode, self.episode_steps = self.episode + 1, 0
         seed = int(np.random.SeedSequence([self.seed, self.episode]).generate_state(1)[0])
         self.observation = self.env.reset(seed=seed)[0]
+        self.require_finite(self.observation)
+
+    def require_finite(self, *values: np.ndarray) -> None:
+        """FloatingPointError, before anything is stored, if one is NaN or infinity, in the buffer's float32 too."""
+        if not all(np.isfinite(np.float32(value)).all() for value in values):
+            where = f"in step {self.episode_steps} of training episode {self.episode + 1}"
+            raise FloatingPointError(f"the environment gave NaN or infinity {where}; {CHECKPOINT_KEPT}")
 
     def step(self, action: np.ndarray) -> int:
         """Take an action in [-1, 1], store the transition, return its row. Starts the next episode where one ends."""
         next_observation, reward, terminated, truncated, _ = self.env.step(action)
         self.episode_steps += 1
-        if not (np.isfinite(next_observation).all() and np.isfinite(reward)):
-            where = f"in step {self.episode_steps} of training episode {self.episode + 1}"
-            raise FloatingPointError(f"the environment gave NaN or infinity {where}; {CHECKPOINT_KEPT}")
+        self.require_finite(next_observation, reward)
         row = self.buffer.add(self.observation, action, reward, next_observation, terminated)
         self.observation = next_observation
         if terminated or truncated:
@@ -707,6 +712,9 @@ def regenerate_random(env_id: str, path: Path, progress: bool = True, seed: int 
     sizes = [min(RANDOM_CHUNK, steps - start) for start in range(0, steps, RANDOM_CHUNK)]
     seeds = [int(s) for s in np.random.SeedSequence(seed).generate_state(len(sizes))]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # of which a container may have a share; it says "max" for all
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, max(1, int(quota) // int(period)))
     workers, spawn = min(cores, len(sizes), 8), multiprocessing.get_context("spawn")
     bar = {"total": len(sizes), "unit": "step", "disable": not progress or None}
     try:
@@ -847,6 +855,7 @@ def check_dataset(dataset: Transitions, env: gym.Env, args: Args) -> None:
         require(np.mean([cell in free for cell in cells]) >= 0.9, f"{what}, {origin}")
     low, high, actions = env.action_space.low, env.action_space.high, dataset.actions
     inside = ((low - actions) / (high - low)).max() < 1e-3 and ((actions - high) / (high - low)).max() < 1e-3
+    inside = inside and (np.ptp(actions, axis=0) / (high - low)).max() > 0.02  # else they are of smaller units
     ranges = f"from {actions.min():g} to {actions.max():g}, {args.env_id}'s from {low.min():g} to {high.max():g}"
     what = f"the data's actions are {ranges}: write them in the environment's units"
     require(inside or args.env_id in ADROIT_TASKS, what)  # Adroit's hand clips the actions of its cloned policies
@@ -1259,13 +1268,13 @@ class Run:
 
     def close(self) -> None:
         """Give back what the run took over, however it ended."""
-        if self.writer:
-            self.writer.close()
-        if self.tracker:
-            self.tracker.finish(int(self.phase != "done"))  # else W&B calls a stopped run finished
         for number, handler in self.old_handlers.items():
             signal.signal(number, handler)
-        self.lock.close()
+        with self.lock, contextlib.ExitStack() as stack:  # the last first, and each, also if another fails
+            if self.tracker:  # a stopped run would else be a finished one to W&B
+                stack.callback(self.tracker.finish, int(self.phase != "done"))
+            if self.writer:
+                stack.callback(self.writer.close)
 
 
 def save(path: Path, content: dict | str) -> None:

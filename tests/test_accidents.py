@@ -28,17 +28,21 @@ FLAGS = [text for key, value in TINY.items() if key != "progress" for text in (f
 class OddPendulum(InvertedPendulumEnv):
     """Gives `wrong` once, in step 15 of a training episode."""
 
-    wrong, steps = None, 0
+    wrong, steps, episodes = None, 0, 0
 
     def reset(self, *, seed=None, options=None):
         type(self).training = seed is not None and seed < 1_000_000
-        return super().reset(seed=seed, options=options)
+        observation, info = super().reset(seed=seed, options=options)
+        self.episodes += 1
+        return observation * (np.nan if self.wrong == "reset" and self.episodes == 3 else 1), info
 
     def step(self, action):
         observation, reward, _, truncated, info = super().step(action)
         self.steps += 1
         if self.wrong == "reward" and self.steps == 75:
             reward = np.nan
+        if self.wrong == "large" and self.steps == 75:
+            reward = 1e39  # infinite in float32
         if self.wrong == "observation" and self.steps == 75:
             observation = observation + np.inf
         return observation, reward, False, truncated, info
@@ -65,24 +69,26 @@ gym.register("Arrays-v0", Arrays, max_episode_steps=50)
 gym.register("Unseeded-v0", Unseeded, max_episode_steps=50)
 
 
-@pytest.mark.parametrize("wrong", ["reward", "observation"])
+@pytest.mark.parametrize("wrong", ["reward", "observation", "large", "reset"])
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 def test_nan_from_the_environment_ends_the_run_before_it_is_stored(wrong, pendulum_file, tmp_path, monkeypatch, capsys):
-    """Step 75 of all that an environment makes: the training one's 75th, step 25 of its second episode."""
+    """Step 75 of all that an environment makes: the training one's 75th, step 25 of its second episode; third reset."""
     monkeypatch.setattr(OddPendulum, "wrong", wrong)
     arguments = TINY | dict(env_id="OddPendulum-v0", online_steps=100, eval_freq=0, eval_episodes=1)
     arguments |= dict(dataset=str(pendulum_file), run_dir=str(tmp_path / "run"), checkpoint_freq=10)
-    where = "the environment gave NaN or infinity in step 25 of training episode 2"
+    at, kept = ("step 0 of training episode 3", 90) if wrong == "reset" else ("step 25 of training episode 2", 70)
+    where = f"the environment gave NaN or infinity in {at}"
     with pytest.raises(FloatingPointError, match=where):
         td3_opt.train(Args(**arguments))
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert saved["env_steps"] == 70 and saved["parts"]["buffer"]["online_rows"].isfinite().all()
+    assert saved["env_steps"] == kept and saved["parts"]["buffer"]["online_rows"].isfinite().all()
     monkeypatch.setattr(OddPendulum, "wrong", None)
     assert np.isfinite(td3_opt.train(Args(**arguments, resume=True)).score)
 
 
-@pytest.mark.parametrize("factor, fine", [(1, True), (1.2, False), (30, False)])
+@pytest.mark.parametrize("factor, fine", [(1, True), (0.03, True), (0.01, False), (1.2, False), (30, False)])
 def test_actions_of_other_units_are_refused(factor, fine, pendulum_columns, tmp_path):
-    """The pendulum's actions reach from -3 to 3, which are fine."""
+    """The pendulum's actions reach from -3 to 3, which are fine, as are 3% of that."""
     actions = pendulum_columns["actions"].copy()
     actions[:2] = [[-3], [3]]
     path = write_file(tmp_path / "units.hdf5", pendulum_columns | {"actions": factor * actions})
@@ -159,6 +165,11 @@ def test_a_run_that_fails_gives_back_signals_folder_and_log(pendulum_file, tmp_p
         td3_opt.train(Args(**arguments))
     now = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)]
     assert now == handlers and closed
+    monkeypatch.setattr(SummaryWriter, "close", fail)  # a full disk, or Ctrl-C again
+    with pytest.raises(RuntimeError, match="first evaluation"):
+        td3_opt.train(Args(**arguments))
+    monkeypatch.setattr(SummaryWriter, "close", close)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers[:2]
     monkeypatch.setattr(td3_opt, "evaluate", evaluate)
     td3_opt.train(Args(**arguments))  # nothing was there yet that would have to be gone on with
     assert len(list((tmp_path / "run").glob("events.out.tfevents.*"))) == 1

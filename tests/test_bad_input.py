@@ -174,7 +174,7 @@ def test_a_folder_that_holds_another_run(refused, pendulum_file, tmp_path, capsy
     capsys.readouterr()
     refused("holds a run already", "--resume", "--run-dir", **arguments)
     refused("--utd 5 (now 3)", "--gamma 0.99 (now 0.9)", resume=True, utd=3, gamma=0.9, **arguments)
-    other = str(write_file(tmp_path / "other.hdf5", {k: np.zeros_like(v) for k, v in pendulum_like().items()}))
+    other = str(write_file(tmp_path / "other.hdf5", pendulum_like()))
     checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     torch.save(checkpoint | {"phase": "offline"}, tmp_path / "run" / "checkpoint.pt")  # of a run that goes on
     refused("other data", "--dataset", resume=True, run_dir=arguments["run_dir"], dataset=other)
@@ -196,8 +196,9 @@ def read_columns(path) -> dict[str, np.ndarray]:
 
 
 def pendulum_like() -> dict[str, np.ndarray]:
-    shapes = dict(observations=(50, 4), actions=(50, 1), rewards=(50,), next_observations=(50, 4), terminals=(50,))
-    return {key: np.zeros(shape, np.float32) for key, shape in shapes.items()}
+    shapes = dict(observations=(50, 4), rewards=(50,), next_observations=(50, 4), terminals=(50,))
+    columns = {key: np.zeros(shape, np.float32) for key, shape in shapes.items()}
+    return columns | {"actions": np.linspace(-1, 1, 50, dtype=np.float32)[:, None]}
 
 
 def test_offline_from_another_run(refused, pendulum_file, tmp_path, capsys):

@@ -51,6 +51,29 @@ def test_with_next_observations_every_step_stays_and_a_time_limit_is_no_terminal
     assert data.terminals.tolist() == columns["terminals"].astype(float).tolist() and len(data.rewards) == 12
 
 
+@pytest.mark.parametrize("says, workers", [("max 100000", 4), ("250000 100000", 2), ("50000 100000", 1), (None, 4)])
+def test_regeneration_takes_no_more_cores_than_a_container_has(says, workers, tmp_path, monkeypatch):
+    given, read = [], Path.read_text
+
+    def pool(n, *args, **kwargs):
+        given.append(n)
+        raise KeyboardInterrupt
+
+    def read_text(path, *args, **kwargs):
+        if path != Path("/sys/fs/cgroup/cpu.max"):
+            return read(path, *args, **kwargs)
+        if says is None:
+            raise FileNotFoundError
+        return says + "\n"
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr(td3_opt.os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
+    monkeypatch.setattr(td3_opt, "ProcessPoolExecutor", pool)
+    with pytest.raises(KeyboardInterrupt):
+        td3_opt.regenerate_random("hopper-random-v2", tmp_path / "a.hdf5")
+    assert given == [workers]
+
+
 def test_regenerated_random_data_is_d4rls_recipe_and_the_same_on_any_number_of_cores(tmp_path, monkeypatch):
     monkeypatch.setattr(td3_opt, "RANDOM_CHUNK", 1_500)
     paths = []
