@@ -185,7 +185,7 @@ FLAGS = "--env-id InvertedPendulum-v5 --offline-steps 30 --online-steps 60 --n-t
 FLAGS = FLAGS.split() + "--eval-freq 0 --eval-episodes 1 --no-progress --checkpoint-freq 7".split()
 
 
-@pytest.mark.parametrize("script, own", [("iql_opt", []), ("spot_opt", ["--vae-steps", 5, "--no-opt"])])
+@pytest.mark.parametrize("script, own", [("iql_opt", ["--no-opt"]), ("spot_opt", ["--vae-steps", 5, "--no-opt"])])
 def test_compiled_runs_resume_bit_for_bit_as_they_began(script, own, home, pendulum_file, tmp_path):
     arguments = (*FLAGS, *own, "--dataset", pendulum_file, "--run-dir")
     result = run_script(script, home, *arguments, tmp_path / "whole", "--compile")
