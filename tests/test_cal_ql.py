@@ -308,8 +308,14 @@ def test_what_the_penalty_takes(double, monkeypatch):
     with torch.no_grad():
         here, following = (plain_gaussian(agent.actor, x) for x in (data.observations, data.next_observations))
     q = plain_critics(agent.q)
-    cal_ql.cal_ql_step(args, agent, data, torch.zeros(16))
+    metrics = cal_ql.cal_ql_step(args, agent, data, torch.zeros(16))
     assert all(torch.equal(c[1], data.observations.repeat(len(c[1]) // 16, 1)) for c in calls if c[0] is agent.q)
+    pi, of_data = (c[2].detach() for c in calls if c[0] is agent.q and len(c[2]) == 16)
+    assert torch.equal(of_data, data.actions)
+    with torch.no_grad():  # what is logged: the lesser value of the policy's own actions, and that of the data's
+        logged = [torch.stack([net(torch.cat([data.observations, a], 1))[:, 0] for net in q]) for a in (pi, of_data)]
+    assert metrics["q_mean"].item() == pytest.approx(logged[0].amin(0).mean().item(), rel=1e-9)
+    assert metrics["q_data_mean"].item() == pytest.approx(logged[1].mean().item(), rel=1e-9)
     actions = torch.cat([c[2] for c in calls if c[0] is agent.q and len(c[2]) > 16]).view(900, 16, 2)
     ((values, log_densities, data_values, bound, clip),) = given
     uniform, of_policy = actions[:300], actions[300:]
