@@ -5,8 +5,9 @@ usage: python report.py                                    all runs in runs/: sc
        python report.py tsne RUN                           Fig. 6: states of the dataset, the first and last rollouts
 
 A score is the one after the last online step, as in the paper; the row below has the mean of the last five online
-evaluations, which swings less. An interval is 95%, Student's t over seeds. Runs with other numbers of steps stand in
-rows of their own. What could not be used is listed at the end. A README.md beside the runs heads the report.
+evaluations, which swings less. An interval is 95%, Student's t over seeds. With OPT, also the difference from the same
+seeds without it; of an ablation, from the paper's own variant. Runs with other numbers of steps stand in rows of their
+own. What could not be used is listed at the end. A README.md beside the runs heads the report.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import math
 import re
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -73,6 +74,7 @@ RATES = [f"{phase}_gradient_steps_per_second" for phase in PHASES if phase not i
 HOURS = ["offline_hours", "online_hours", "hours_in_all"]
 STEPS = "offline vae online n_tau n_pretrain utd"
 SCORES = f"row table task {STEPS} variant seeds mean interval last_five last_five_interval paper paper_interval".split()
+SCORES += "minus pairs ahead ahead_interval last_five_ahead last_five_ahead_interval paper_ahead".split()
 TOTALS = f"row table {STEPS} variant tasks total paper_total iqm iqm_low iqm_high iqm_seeds".split()
 # Told apart in black and white by dashes and markers.
 COLORS = ("#000000", "#c04000", "#0060a8", "#808080", "#308040", "#b080c0")
@@ -246,6 +248,25 @@ def half_interval(values: pd.Series) -> float:
     return stats.t.ppf(0.975, len(values) - 1) * values.sem()
 
 
+def mean_and_interval(values: pd.Series) -> tuple[float, float]:
+    return values.mean(), half_interval(values)
+
+
+def minus(variant: str, variants: Iterable[str]) -> str | None:
+    """What a variant with OPT is compared with: the longest of these names that its own begins with."""
+    parts = variant.split("_")
+    names = ["_".join(parts[:n]) for n in range(len(parts) - 1, 0, -1)] if "opt" in parts else []
+    return next((name for name in names if name in variants), None)
+
+
+def differences(runs: pd.DataFrame, others: pd.DataFrame) -> tuple:
+    """Scores of runs minus those of the other variant's with the same seeds: how many, mean and half its interval of
+    the last scores, then of the last five's means."""
+    by_seed = [of.set_index("seed")[["score", "last_five"]] for of in (runs, others)]
+    pairs = (by_seed[0] - by_seed[1]).dropna()
+    return len(pairs), *mean_and_interval(pairs.score), *mean_and_interval(pairs.last_five)
+
+
 def iqm_and_interval(scores: np.ndarray) -> tuple[float, float, float]:
     """Interquartile mean of scores [seeds, tasks] and its stratified-bootstrap 95% interval (rliable)."""
     from rliable import library, metrics
@@ -258,10 +279,14 @@ def iqm_and_interval(scores: np.ndarray) -> tuple[float, float, float]:
 def summarize(table: Table) -> tuple[pd.DataFrame, pd.DataFrame]:
     """scores.csv, a row a cell, and totals.csv, a row a column, over the tasks that every column with a run has."""
     scores, totals = [], []
-    for (row, variant, task), runs in table.places.groupby(["row", "variant", "task"], observed=True):
+    cells = dict(list(table.places.groupby(["row", "variant", "task"], observed=True)))
+    for (row, variant, task), runs in cells.items():
         steps = runs.row_steps.iloc[0]._replace(online=runs.args.iloc[0]["online_steps"])
-        last, five = ((values.mean(), half_interval(values)) for values in (runs.score, runs.last_five))
-        scores.append((row, table.name, task, *steps, variant, len(runs), *last, *five, *table.paper[variant, task]))
+        last, five, paper = mean_and_interval(runs.score), mean_and_interval(runs.last_five), table.paper[variant, task]
+        other, ahead = minus(variant, table.headings), (None, *[math.nan] * 6)
+        if (row, other, task) in cells:
+            ahead = other, *differences(runs, cells[row, other, task]), paper[0] - table.paper[other, task][0]
+        scores.append((row, table.name, task, *steps, variant, len(runs), *last, *five, *paper, *ahead))
     for row, runs in table.places.groupby("row"):
         seeds = runs.groupby(["variant", "task"], observed=True).size().unstack().dropna(axis=1)
         runs = runs[runs.task.isin(seeds.columns)]
@@ -300,6 +325,12 @@ def table_markdown(table: Table, scores: pd.DataFrame, totals: pd.DataFrame) -> 
             paper = [number(score, math.nan, half) for score, half in (table.paper[v, task] for v in variants)]
             rows.append((f"{task} (return)" if "return" in set(runs.unit) else task, label, last, paper))
             rows.append(("mean of its last five evaluations", label, five, blank))
+            if (compared := cells.minus.dropna().unique()).size:
+                words = f"minus {' or '.join(table.headings[other] for other in compared)}, seed by seed"
+                ahead = map(number, cells.ahead, cells.pairs, cells.ahead_interval)
+                five = map(number, cells.last_five_ahead, cells.pairs, cells.last_five_ahead_interval)
+                paper = ["" if math.isnan(x) else number(x) for x in cells.paper_ahead]
+                rows += [(words, label, ahead, paper), (f"… last five evaluations {words}", label, five, blank)]
         sums = totals[totals.row == row].set_index("variant").reindex(variants)
         if sums.tasks.isna().all():
             rows.append(("no total: no task in every column, or returns beside scores", label, blank, blank))

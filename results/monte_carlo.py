@@ -1,11 +1,14 @@
-"""What Q_off and Q_on of td3_opt.py on a MuJoCo task say, beside the discounted returns that the policy gets.
+"""What a run's critics say, beside its policy's discounted returns: td3_opt.py on MuJoCo, cal_ql.py on AntMaze.
 
-usage: python results/monte_carlo.py FILE [EPISODES]     FILE: a run's model.pt or checkpoint.pt; 20 episodes by default
+usage: python results/monte_carlo.py FILE [EPISODES]     FILE: a run's model.pt, offline.pt or checkpoint.pt; else 20
 
-The policy acts without noise. Values are those of the first critic, which Eq. 4 takes, in units of reward. Of an
-episode that is cut off, the last 400 steps are left out: what follows a step by more counts less than 2% (0.99^400).
+The policy acts without noise. Values are those that the policy is trained on: of TD3 the first critic's (Eq. 4), of
+Cal-QL the smaller one; in units of the rewards that the agent trains on. Of an episode that is cut off, the last 400
+steps are left out: what follows a step by more counts less than 2% (0.99^400). For Cal-QL also the dataset's returns,
+and the values of its actions and of the policy's in its states, of 20,000 transitions.
 """
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -13,7 +16,6 @@ import numpy as np
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "algorithms"))
-from td3_opt import Actor, Critic, make_env
 
 CUT = 400
 
@@ -26,42 +28,55 @@ def discounted_returns(rewards: list[float], gamma: float) -> np.ndarray:
     return returns
 
 
+def compare(name: str, values: np.ndarray, returns: np.ndarray) -> None:
+    error, correlation = values - returns, np.corrcoef(values, returns)[0, 1]
+    rmse = np.sqrt(np.mean(error**2))
+    print(f"{name}: mean {values.mean():.1f}, bias {error.mean():.1f}, rmse {rmse:.1f}, corr {correlation:.2f}")
+
+
 @torch.no_grad()
 def main(path: Path, episodes: int) -> None:
     saved = torch.load(path, weights_only=True, map_location="cpu")
-    model, data = (saved["parts"], saved["data"]) if saved["kind"] == "checkpoint.pt" else (saved, saved)
-    mean, std, gamma = data["observation_mean"], data["observation_std"], saved["args"]["gamma"]
-    env = make_env(saved["args"]["env_id"])
-    action_dim = env.action_space.shape[0]
-    actor = Actor(len(mean), action_dim)
-    actor.load_state_dict(model["actor"])
-    states, actions, returns, scores = [], [], [], []
+    model, data = (saved, saved) if "parts" not in saved else (saved["parts"], saved["data"])
+    script = importlib.import_module("cal_ql" if "calibration" in saved["args"] else "td3_opt")
+    args = script.Args(**{name: x for name, x in saved["args"].items() if name in script.Args.__annotations__})
+    mean, std = data["observation_mean"], data["observation_std"]
+    scale, shift = script.reward_transform(args.env_id, None)  # None: of these two scripts it does not ask the data
+    agent = script.Agent(args, len(mean), data["action_dim"], torch.device("cpu"))
+    critics = {name: getattr(agent, name) for name in ("q_off", "q_on", "q") if name in model}
+    for name, network in {"actor": agent.actor, **critics}.items():
+        network.load_state_dict(model[name])
+    env, states, actions, returns, scores = script.make_env(args.env_id), [], [], [], []
     for episode in range(episodes):
         observation, rewards, terminated, truncated = env.reset(seed=5_000_000 + episode)[0], [], False, False
         start = len(states)
         while not (terminated or truncated):
             states.append((torch.as_tensor(observation, dtype=torch.float32) - mean) / std)
-            actions.append(actor(states[-1][None])[0])
+            actions.append(agent.actor(states[-1][None])[0])
             observation, reward, terminated, truncated, _ = env.step(actions[-1].numpy())
             rewards.append(float(reward))
         kept = len(rewards) if terminated else max(0, len(rewards) - CUT)
         del states[start + kept :], actions[start + kept :]
-        returns.append(discounted_returns(rewards, gamma)[:kept])
+        returns.append(discounted_returns([scale * reward + shift for reward in rewards], args.gamma)[:kept])
         scores.append(sum(rewards))
     returns = np.concatenate(returns)
     print(f"{path}: return {np.mean(scores):.1f} (std {np.std(scores):.1f}, {episodes} episodes)")
     print(f"discounted return of {len(returns)} steps: mean {returns.mean():.1f}, std {returns.std():.1f}")
-    for name in ("q_off", "q_on"):
-        if name in model:
-            critic = Critic(len(mean), action_dim)
-            critic.load_state_dict(model[name])
-            values = critic(torch.stack(states), torch.stack(actions))[0].numpy()
-            error, correlation = values - returns, np.corrcoef(values, returns)[0, 1]
-            rmse = np.sqrt(np.mean(error**2))
-            print(f"{name}: mean {values.mean():.1f}, bias {error.mean():.1f}, rmse {rmse:.1f}, corr {correlation:.2f}")
+    for name, critic in critics.items():
+        values = critic(torch.stack(states), torch.stack(actions))
+        compare(name, (values.amin(0) if name == "q" else values[0]).numpy(), returns)
+    if "q" in critics:
+        dataset, _ = script.load_dataset(args.env_id, args.dataset)
+        rewards = np.split(scale * dataset.rewards + shift, script.episode_starts(dataset)[1:])
+        returns = np.concatenate([script.returns_to_go(args, episode) for episode in rewards])
+        rows = np.random.default_rng(0).choice(len(returns), 20_000, replace=False)
+        states = (torch.from_numpy(dataset.observations[rows]) - mean) / std
+        print(f"discounted return in the data: mean {returns[rows].mean():.1f}, std {returns[rows].std():.1f}")
+        for whose, chosen in (("its", torch.from_numpy(dataset.actions[rows])), ("the policy's", agent.actor(states))):
+            compare(f"q of {whose} actions there", agent.q(states, chosen).amin(0).numpy(), returns[rows])
 
 
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3) or not Path(sys.argv[1]).is_file():
-        sys.exit("usage: python results/monte_carlo.py FILE [EPISODES], where FILE is a model.pt or checkpoint.pt")
+        sys.exit("usage: python results/monte_carlo.py FILE [EPISODES], where FILE is a run's .pt")
     main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) == 3 else 20)

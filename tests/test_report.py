@@ -263,6 +263,38 @@ def test_the_mean_of_the_last_five_online_evaluations_stands_below(no_figures, t
     assert float(scores[0]["last_five_interval"]) == pytest.approx(25.4124, abs=1e-3)
 
 
+def test_differences_are_between_the_same_seeds(no_figures, tmp_path):
+    """OPT's from its backbone's, an ablation's from the paper's own variant's; a seed that one of them lacks is out."""
+    runs, env = tmp_path / "runs", "hopper-random-v2"
+    for variant, scores in {
+        "td3": {0: 10, 1: 20, 2: 60},
+        "td3_opt": {2: 61, 1: 23, 5: 900},  # minus TD3: 3 and 1
+        "td3_opt_init_random": {1: 33, 2: 77},  # minus TD3+OPT: 10 and 16
+        "rlpd": {0: 50},
+        "rlpd_opt": {1: 60},  # no seed in common
+    }.items():
+        for seed, score in scores.items():
+            init = {"q_on_init": "random"} if "random" in variant else {}
+            write_run(runs, variant, env, seed, [0, 0, 0, 0, 0, score], **init)
+    text, scores, _ = make(runs, tmp_path / "out")
+    cells = {(row["table"], row["variant"]): row for row in scores}
+    # mean 2, t(0.975, 1) = 12.7062 times s / sqrt(2) = 1; the last five's means are a fifth of the scores
+    opt, steps = cells["table1", "td3_opt"], "1,000,000 + 300,000"
+    assert (opt["minus"], opt["pairs"], float(opt["ahead"])) == ("td3", "2", 2) and opt["seeds"] == "3"
+    assert float(opt["ahead_interval"]) == pytest.approx(12.7062, abs=1e-4)
+    assert float(opt["last_five_ahead"]) == pytest.approx(2 / 5)
+    assert float(opt["last_five_ahead_interval"]) == pytest.approx(12.7062 / 5, abs=1e-4)
+    assert float(opt["paper_ahead"]) == pytest.approx(108.7 - 86.0)
+    assert f"| minus TD3, seed by seed | {steps} | – |  | 2.0 ± 12.7 (2) | 22.7 |" in text
+    assert f"| … last five evaluations minus TD3, seed by seed | {steps} | – |  | 0.40 ± 2.54 (2) |  |" in text
+    random = cells["ablation-init-mujoco", "td3_opt_init_random"]
+    assert (random["minus"], float(random["ahead"])) == ("td3_opt", 13)
+    assert float(random["ahead_interval"]) == pytest.approx(12.7062 * 3, abs=1e-3)
+    assert f"| minus TD3+OPT, seed by seed | {steps} | – |  | 13.0 ± 38.1 (2) | -3.7 |" in text
+    assert (cells["table13", "rlpd_opt"]["pairs"], cells["table13", "rlpd_opt"]["ahead"]) == ("0", "")
+    assert {row["minus"] for row in scores if row["variant"] in ("td3", "rlpd")} == {""}
+
+
 def test_a_name_of_ones_own_has_the_steps_of_its_script():
     """UTD 1 is IQL's, and an offline phase of 5,000 steps has a VAE of as many: nothing in the label."""
     args = dict(exp_name="td3_like", script="iql_opt.py", opt=False, q_on_init="meta", online_steps=300_000)
