@@ -96,7 +96,7 @@ add_unit() { # the runs of one task and seed
 plan() { # TABLE OPTIONS: makes the units
     table=$1 seeds=10 jobs='' env_ids='' offline_steps='' online_steps='' methods='' variants='' action=run_all steps='' script_flags=() units=()
     local name flag number='^(0|[1-9][0-9]*)$' range='^([1-9][0-9]*|(0|[1-9][0-9]*)-(0|[1-9][0-9]*))$'
-    local tasks set_here='opt$|q-on|kappa-|replay|env-id|seed|exp-name|run-dir|offline-(from|steps)|online-steps|no-resume'
+    local tasks set_here='opt$|calibration|q-on|kappa-|replay|env-id|seed|exp-name|run-dir|offline-(from|steps)|online-steps|no-resume'
     case $table in
     table1 | table14 | ablation-q-on | ablation-replay | ablation-n-tau) tasks=$mujoco ;;
     table2 | ablation-kappa) tasks=$antmaze ;;

@@ -31,7 +31,8 @@ ALGORITHMS = Path(__file__).resolve().parent / "algorithms"
 NAMES = ("TD3", "SPOT", "IQL", "RLPD")  # with OPT
 SCRIPTS = {name: f"{name.lower()}_opt" for name in NAMES}
 BASELINES = {"PEX": "pex", "Cal-QL": "cal_ql", "OEMA": "oema", "BOORL": "boorl"}
-SETTINGS = {"Cal-QL": {"env_id": "hopper-random-v2", "actor_layers": 2, "critic_layers": 2}}  # hidden layers as TD3's
+# All that Cal-QL does, as on AntMaze, with TD3's hidden layers.
+SETTINGS = {"Cal-QL": {"env_id": "antmaze-umaze-v2", "actor_layers": 2, "critic_layers": 2}}
 OBSERVATION_DIM, ACTION_DIM, BATCH_SIZE, N_OFFLINE, N_ONLINE = 11, 3, 256, 1_000_000, 25_000
 Q_ON_ALONE = {"kappa_init": 1.0, "kappa_end": 1.0}
 MIXED = {"kappa_init": 0.1, "kappa_end": 0.9, "kappa_decay": 1_000}

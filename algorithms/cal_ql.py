@@ -17,8 +17,8 @@ same text in every script: replay buffer, tasks and data, the run's folder.
 CQL (Kumar et al. 2020) is SAC (Haarnoja et al. 2018) with a penalty that pushes down the values of actions which are
 not in the data. Cal-QL stops pushing those of the policy's actions where they fall below the return that the data has
 from that state, so that the values have a sensible scale when the run goes online. Constants and the order of updates
-are those of Cal-QL's code, the lengths of the phases and how often is evaluated those of the OPT paper. A line marked
-[choice] decides something on which Cal-QL is silent, or differs from its code.
+are those of Cal-QL's code, off AntMaze those of CORL's, the lengths of the phases and how often is evaluated those of
+the OPT paper. A line marked [choice] decides something on which Cal-QL is silent, or differs from its code.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ from tqdm import tqdm
 
 @dataclasses.dataclass
 class Args:
-    """Cal-QL. Defaults are its code's, the phases the OPT paper's protocol; None stands for the value for this task."""
+    """Cal-QL. Defaults are its code's, the phases' the OPT paper's; None: the task's value, off AntMaze CORL's."""
 
     # task
     env_id: str = "antmaze-medium-play-v2"  # a D4RL task, or any Gymnasium id with Box spaces together with --dataset
@@ -133,7 +133,7 @@ FAILURE = -5.0  # what the agent gets in AntMaze for a step that does not reach 
 
 def paper_values(args: Args) -> dict:
     """The values for this task of the arguments that are None."""
-    # MuJoCo, and any other task: CORL's CQL; Cal-QL has no settings for dense rewards [choice]
+    # MuJoCo, and any other task: CORL's CQL; Cal-QL has no settings for them [choice]
     values = {"cql_weight": 10.0, "lagrange": False, "gap_clip": 0.0, "max_backup": False}
     values |= {"actor_learning_rate": 3e-5, "actor_layers": 3, "critic_layers": 3}
     if args.env_id in ANTMAZE_TASKS:  # Cal-QL's code
@@ -417,7 +417,7 @@ def cal_ql_step(args: Args, agent: Agent, batch: Transitions, returns: torch.Ten
         log_densities = F.pad(log_densities, (len(uniform), 0), value=-action_dim * math.log(2)).view(3 * n, -1)
     target = max_backup_target(agent.q_target, batch, next_actions, args.gamma)
     data_values, states = agent.q(observations, batch.actions), observations.repeat(n, 1)
-    # n actions a state in a product: all 3n are slower on a CPU, whose cache their activations do not fit
+    # n actions a state in a product: all 3n take a tenth longer on a CPU, whose cache their activations do not fit
     values = [agent.q(states, actions).view(2, n, -1) for actions in (uniform, *of_policy.chunk(2))]
     values, bound = torch.cat(values, 1), returns if args.calibration else torch.full_like(returns, -math.inf)
     gaps = conservative_gap(values, log_densities, data_values, bound, args.gap_clip)

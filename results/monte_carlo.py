@@ -1,11 +1,13 @@
 """What a run's critics say, beside its policy's discounted returns: td3_opt.py on MuJoCo, cal_ql.py on AntMaze.
 
-usage: python results/monte_carlo.py FILE [EPISODES]     FILE: a run's model.pt, offline.pt or checkpoint.pt; else 20
+usage: python results/monte_carlo.py FILE [EPISODES]
 
-The policy acts without noise. Values are those that the policy is trained on: of TD3 the first critic's (Eq. 4), of
-Cal-QL the smaller one; in units of the rewards that the agent trains on. Of an episode that is cut off, the last 400
-steps are left out: what follows a step by more counts less than 2% (0.99^400). For Cal-QL also the dataset's returns,
-and the values of its actions and of the policy's in its states, of 20,000 transitions.
+FILE is a run's model.pt, its offline.pt, or, before its end, checkpoint.pt; EPISODES are 20 unless given. The policy
+acts without noise (Cal-QL's critics are of its samples, of ten the best). Values are those that the policy is trained
+on: of TD3 the first critic's (Eq. 4), of Cal-QL the smaller one; in units of the rewards that the agent trains on. Of
+a roll-out that is cut off, the last 400 steps are left out: what follows a step by more counts less than 2%
+(0.99^400). For Cal-QL also the dataset's returns, which bound its critics and are of other policies, and the values in
+its states, of its actions and of the policy's, for episodes with and without success.
 """
 
 import importlib
@@ -67,13 +69,16 @@ def main(path: Path, episodes: int) -> None:
         compare(name, (values.amin(0) if name == "q" else values[0]).numpy(), returns)
     if "q" in critics:
         dataset, _ = script.load_dataset(args.env_id, args.dataset)
-        rewards = np.split(scale * dataset.rewards + shift, script.episode_starts(dataset)[1:])
-        returns = np.concatenate([script.returns_to_go(args, episode) for episode in rewards])
-        rows = np.random.default_rng(0).choice(len(returns), 20_000, replace=False)
-        states = (torch.from_numpy(dataset.observations[rows]) - mean) / std
-        print(f"discounted return in the data: mean {returns[rows].mean():.1f}, std {returns[rows].std():.1f}")
-        for whose, chosen in (("its", torch.from_numpy(dataset.actions[rows])), ("the policy's", agent.actor(states))):
-            compare(f"q of {whose} actions there", agent.q(states, chosen).amin(0).numpy(), returns[rows])
+        episodes = np.split(scale * dataset.rewards + shift, script.episode_starts(dataset)[1:])
+        returns = np.concatenate([script.returns_to_go(args, episode) for episode in episodes])
+        reached = np.concatenate([np.full(len(episode), episode.max() > shift) for episode in episodes])
+        for where, rows in (("with", np.flatnonzero(reached)), ("without", np.flatnonzero(~reached))):
+            rows = np.random.default_rng(0).permutation(rows)[:20_000]
+            states, g = (torch.from_numpy(dataset.observations[rows]) - mean) / std, returns[rows]
+            print(f"the data's episodes {where} success, {len(rows)} rows: return mean {g.mean():.1f}")
+            for whose, chosen in (("its", torch.from_numpy(dataset.actions[rows])), ("pi's", agent.actor(states))):
+                values = agent.q(states, chosen).amin(0).numpy()
+                print(f"  q of {whose} actions: mean {values.mean():.1f}, below the return {np.mean(values < g):.0%}")
 
 
 if __name__ == "__main__":

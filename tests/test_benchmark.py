@@ -195,6 +195,7 @@ def test_usage_and_bad_input():
         "table1 --seeds 0": "--seeds 0",
         "table1 --seeds 08-09": "--seeds 08-09",
         "table1 -- --no-opt": "--no-opt",
+        "table2 --methods cal_ql -- --no-calibration": "--no-calibration after --",
         "table1 -- --offline_steps 5": "--offline_steps",
         "table1 --seeds 4-2": "--seeds 4-2",
         "table1 --jobs 0": "--jobs 0",

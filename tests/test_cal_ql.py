@@ -14,6 +14,7 @@ import scipy.stats
 import torch
 from cal_ql import Actor, Agent, Args, Critic, Transitions
 from runs import ALGORITHMS, equal, rows, run_script, same_weights, timeless, watch_phases
+from test_goal_tasks import Walk, collect
 from torch import nn
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
@@ -156,6 +157,8 @@ def test_returns_to_go():
     for env_id in ("hopper-medium-v2", "pen-cloned-v1", "InvertedPendulum-v5", "antmaze-umaze-v2"):
         got = cal_ql.returns_to_go(Args(env_id=env_id, gamma=0.9), rewards)
         assert got.dtype == np.float32 and got.tolist() == pytest.approx(expected)
+    reached = cal_ql.returns_to_go(Args(env_id="antmaze-umaze-v2", gamma=0.9), np.float32([-5, 5, -5]))
+    assert reached.tolist() == pytest.approx([-5 + 0.9 * 5 - 0.81 * 5, 5 - 0.9 * 5, -5])  # a failure after the success
 
 
 @pytest.mark.parametrize("length", [1, 2, 700, 1_000])
@@ -434,13 +437,18 @@ def weights_of_agent(parts: dict) -> dict[str, torch.Tensor]:
 
 
 LAGRANGE = dict(lagrange=True, max_backup=True, cql_weight=5.0)
-VARIANTS = [{}, LAGRANGE, {"max_backup": True, "gap_clip": 2.0, "cql_weight": 1.0}, {"calibration": False}]
+VARIANTS = [
+    {},
+    LAGRANGE,
+    {"max_backup": True, "gap_clip": 2.0, "cql_weight": 1.0},
+    {"calibration": False, "gamma": 0.8},
+]
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_steps_are_those_of_plain_code(double, variant):
     """Five, from the same random numbers; with policy and critics moving so that an order of updates shows."""
-    args, agent = make_agent(cql_actions=3, actor_learning_rate=1e-2, critic_learning_rate=1e-2, tau=0.1, **variant)
+    args, agent = make_agent(cql_actions=3, actor_learning_rate=3e-2, critic_learning_rate=1e-2, tau=0.1, **variant)
     nets, adams = plain_agent(agent, args)
     before = weights_of(copy.deepcopy(nets))
     for seed in range(5):
@@ -457,7 +465,7 @@ def test_steps_are_those_of_plain_code(double, variant):
         assert (want - before[name]).abs().max() > 1e-3, name
 
 
-@pytest.mark.parametrize("log_eta, gap, slope", [(1.0, 3.0, -1), (1.0, 0.1, 1), (0.3, 0.8, 0), (20.0, 3.0, None)])
+@pytest.mark.parametrize("log_eta, gap, slope", [(1.0, 3.0, -1), (1.0, 0.1, 1), (0.3, 0.8, 0), (14.0, 3.0, None)])
 def test_the_multiplier_grows_where_the_gap_is_above_its_target(double, monkeypatch, log_eta, gap, slope):
     """dL/dl = -(1/2) sum_j 5 eta (D_j - 0.8), and 0 beyond eta = 1e6; where D = 0.8 it rests."""
     args, agent = make_agent(**LAGRANGE)
@@ -478,7 +486,7 @@ def test_the_multiplier_grows_where_the_gap_is_above_its_target(double, monkeypa
 
 SHORT = dict(env_id="InvertedPendulum-v5", offline_steps=6, online_steps=40, batch_size=16, cql_actions=3, tau=0.3)
 SHORT |= dict(eval_freq=0, eval_episodes=1, actor_layers=2, critic_layers=2, progress=False, device="cpu")
-SHORT |= dict(actor_learning_rate=1e-3, critic_learning_rate=1e-3)
+SHORT |= dict(actor_learning_rate=2e-3, critic_learning_rate=1e-3)
 
 
 class Recorded(gym.Wrapper):
@@ -534,6 +542,17 @@ def test_returns_of_a_whole_run(train, pendulum_columns):
     terminals = done["buffer"]["online_rows"][:, -1][np.cumsum(lengths) - 1].tolist()
     assert sum(lengths) == 40 and lengths[-1] < 5 and terminals.count(0) > 3 and terminals.count(1) > 3
     assert not states["online_finetune"]["returns"]["column"][5_000:].any()
+
+
+def test_returns_of_a_run_on_antmaze(train, tmp_path, monkeypatch):
+    """Rewards of -5, and 5 at the goal; without a success, in the data or online, -500 from every step."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "store"))
+    collect("D4RL/antmaze/umaze-v1", Walk(), [None, {"short": True}])
+    antmaze = dict(env_id="antmaze-umaze-v2", dataset=None, critic_layers=2, batch_size=8, online_steps=8)
+    _, states, episodes = train(**antmaze)
+    column = states["done"]["returns"]["column"].tolist()
+    assert column[:12] == pytest.approx([-5 * (1 - 0.99**k) / 0.01 + 5 * 0.99**k for k in range(11, -1, -1)], rel=1e-5)
+    assert column[12:] == pytest.approx([-500] * 3 + [-500] * 8) and episodes == [[0] * 5, [0] * 3]
 
 
 def test_updates_come_after_an_episode_as_many_as_it_had_steps_and_see_none_of_the_next(train, monkeypatch):
@@ -692,10 +711,9 @@ def test_phases_what_they_leave_and_a_shared_offline_phase(train, tmp_path):
 
 
 def test_without_calibration_it_is_another_run(train):
-    """The bound acts offline and online."""
+    """Offline; that it goes on online, test_a_whole_run_is_plain_code shows."""
     (_, calibrated, _), (args, plain, _) = train("a"), train("b", calibration=False)
-    for phase in ("online_finetune", "done"):
-        assert not equal(calibrated[phase]["q"], plain[phase]["q"])
+    assert not equal(calibrated["online_finetune"]["q"], plain["online_finetune"]["q"])
     assert args.exp_name == "cql"
 
 
