@@ -329,10 +329,7 @@ def regenerate(folder: Path) -> str:
 def processor() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return torch.cpu.get_capabilities().get("cpu_name", platform.machine())
 
 
 class Parser(argparse.ArgumentParser):

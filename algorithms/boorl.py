@@ -1080,7 +1080,8 @@ class Run:
         facts = {"versions": versions, "script": PROGRAM, "script_blob": blob, "threads": torch.get_num_threads()}
         facts["products"] = {"bf16": "oneDNN", "ieee": "MKL"}.get(self.products, "cuBLAS")
         facts["data"] = {name: self.data[name] for name in ("source", "size", "crc32")}
-        facts["device_name"] = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
+        processor = torch.cpu.get_capabilities().get("cpu_name", "cpu")
+        facts["device_name"] = torch.cuda.get_device_name() if self.device.type == "cuda" else processor
         facts["wandb_id"] = os.urandom(4).hex()
         if resumed and path.exists():  # W&B goes on with the run it had
             facts["wandb_id"] = json.loads(path.read_text())["wandb_id"]

@@ -75,6 +75,10 @@ def test_run_folder(whole):
     assert args["exp_name"] == "td3_opt" and args["replay"] == "balanced" and args["device"] == "cpu"
     assert (args["kappa_init"], args["kappa_decay"], args["kappa_end"]) == (0.1, 45, 0.9)
     assert args["versions"]["torch"].startswith("2.13") and args["threads"] == 1
+    known = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    assert args["device_name"] and (
+        "model name" not in known or all(word in known for word in args["device_name"].split())
+    )
     blob = subprocess.run(["git", "hash-object", "--no-filters", td3_opt.__file__], capture_output=True, text=True)
     assert (args["script"], args["script_blob"]) == ("td3_opt.py", blob.stdout.strip()) and blob.returncode == 0
 
