@@ -610,6 +610,45 @@ def test_discounted_returns_by_hand():
     assert discounted_returns([1.0, 2.0, 4.0], 0.5).tolist() == [1 + 0.5 * 2 + 0.25 * 4, 2 + 0.5 * 4, 4]
 
 
+@torch.no_grad()
+def test_values_beside_returns_of_roll_outs(tmp_path, capsys):
+    """With a reward of 1 a step until the fall, the return of the step t of T is (1 - 0.99^(T - t)) / (1 - 0.99)."""
+    sys.path.insert(0, str(ROOT / "results"))
+    import monte_carlo
+    import td3_opt
+
+    model = random_model("td3_opt", 3)
+    for name in ("q_off", "q_on"):
+        model[name]["layers.2.weight"] *= 300  # values of the returns' size
+    torch.save(model, tmp_path / "model.pt")
+    monte_carlo.main(tmp_path / "model.pt", 3)
+    actor, env, returns, inputs, lengths = td3_opt.Actor(4, 1), gym.make("InvertedPendulum-v5"), [], [], []
+    actor.load_state_dict(model["actor"])
+    for seed in (5_000_000, 5_000_001, 5_000_002):
+        observation, length, terminated = env.reset(seed=seed)[0], 0, False
+        while not terminated:
+            state = torch.tensor(observation, dtype=torch.float32) - model["observation_mean"]
+            state = state / model["observation_std"]
+            action = actor(state[None])
+            inputs.append(torch.cat((state, action[0])))
+            observation, _, terminated, truncated, _ = env.step(3 * action[0].numpy())
+            length += not terminated  # the step of the fall has no reward
+        lengths.append(length)
+        returns += [100 * (1 - 0.99 ** (length - t)) for t in range(length + 1)]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith(f"return {np.mean(lengths):.1f} (std {np.std(lengths):.1f}, 3 episodes)")
+    numbers = f"mean {np.mean(returns):.1f}, std {np.std(returns):.1f}"
+    assert lines[1] == f"discounted return of {len(returns)} steps: {numbers}"
+    for line, name in zip(lines[2:], ("q_off", "q_on"), strict=True):
+        x = torch.stack(inputs)
+        for layer in range(3):  # the first of the two critics, by its weights
+            x = x @ model[name][f"layers.{layer}.weight"][0] + model[name][f"layers.{layer}.bias"][0]
+            x = x.relu() if layer < 2 else x[:, 0].numpy()
+        bias, rmse = np.mean(x - returns), np.sqrt(np.mean((x - returns) ** 2))
+        numbers = f"mean {x.mean():.1f}, bias {bias:.1f}, rmse {rmse:.1f}"
+        assert line == f"{name}: {numbers}, corr {np.corrcoef(x, returns)[0, 1]:.2f}"
+
+
 def test_largest_curvature_of_a_quadratic():
     """x^2 + 3 y^2 - 5 z^2 / 2 has the Hessian's eigenvalues 2, 6 and -5."""
     sys.path.insert(0, str(ROOT / "results"))
