@@ -1065,10 +1065,8 @@ def load_dataset(env_id: str, dataset: str | None = None, progress: bool = True)
         path = Path(dataset).expanduser()
         if path.is_file():
             return read_hdf5(path), str(path)
-        is_path = path.suffix in (".hdf5", ".h5") or path.exists()
-        require(
-            not is_path, f"--dataset {dataset} is not a file: write that of a D4RL-style .hdf5 file, or a Minari id"
-        )
+        minari_id = path.suffix not in (".hdf5", ".h5") and not path.exists()
+        require(minari_id, f"--dataset {dataset} is not a file: write that of a D4RL-style .hdf5, or a Minari id")
         return read_minari(dataset, env_id, progress)
     require(env_id in TASKS, f"--env-id {env_id} has no D4RL data: give --dataset, a .hdf5 file or a Minari id")
     if env_id in ANTMAZE_TASKS:  # D4RL's own files are no help: their mazes have another origin
@@ -1111,10 +1109,8 @@ def check_dataset(dataset: Transitions, env: gym.Env, args: Args) -> None:
     require(n >= size, f"--batch-size {size} exceeds the data's {n} transitions: {advice}")
     for key in ("observations", "actions", "next_observations"):
         shape = (env.action_space if key == "actions" else env.observation_space).shape
-        found = getattr(dataset, key).shape[1:]
-        require(
-            found == shape, f"the data's {key} have shape {found}, those of {args.env_id} {shape}: give its --dataset"
-        )
+        found, other = getattr(dataset, key).shape[1:], f"those of {args.env_id} {shape}: give its --dataset"
+        require(found == shape, f"the data's {key} have shape {found}, {other}")
     if args.env_id in ANTMAZE_TASKS:
         maze, positions = env.unwrapped.maze, dataset.observations[:: max(1, len(dataset.rewards) // 1_000), :2]
         cells = [tuple(int(i) for i in maze.cell_xy_to_rowcol(position)) for position in positions]
@@ -1414,10 +1410,8 @@ class Run:
                 self.add_evaluation()
         if self.phase != phase or self.step == total:
             return
-        name = f"{PHASES.index(phase)}/{len(PHASES) - 2} {phase}"
-        bar = tqdm(
-            None, name, total, initial=self.step, unit="step", mininterval=0.5, disable=not args.progress or None
-        )
+        name, off = f"{PHASES.index(phase)}/{len(PHASES) - 2} {phase}", not args.progress or None
+        bar = tqdm(None, name, total, initial=self.step, unit="step", mininterval=0.5, disable=off)
         bar.set_postfix(score=self.score)
         started = time.perf_counter()
         while self.step < total:
