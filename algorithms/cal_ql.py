@@ -1175,7 +1175,7 @@ class Run:
         table = "".join(f"|{name}|{value}|\n" for name, value in args.items())
         self.writer.add_text("arguments", f"|argument|value|\n|-|-|\n{table}", self.gradient_steps)
         data = f"{self.data['size']:,} transitions from {self.data['source']}"
-        how = f"{args['offline_steps']:,} + {args['online_steps']:,} steps on {facts['device_name']}"
+        how = f"{args['offline_steps']:,} + {args['online_steps']:,} steps on {args['device']} ({facts['device_name']})"
         how += ", compiled" * args["compile"]
         print(f"{PROGRAM}: {self.folder}: {data}; {how}; curves: tensorboard --logdir {self.folder.parent}", flush=True)
 
