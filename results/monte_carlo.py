@@ -49,7 +49,7 @@ def main(path: Path, episodes: int) -> None:
     critics = {name: getattr(agent, name) for name in ("q_off", "q_on", "q") if name in model}
     for name, network in {"actor": agent.actor, **critics}.items():
         network.load_state_dict(model[name])
-    env = gym.wrappers.RescaleAction(script.make_env(args.env_id), -1.0, 1.0)
+    env = gym.wrappers.RescaleAction(script.make_env(args.env_id), np.float32(-1), np.float32(1))
     states, actions, returns, scores = [], [], [], []
     for episode in range(episodes):
         observation, rewards, terminated, truncated = env.reset(seed=5_000_000 + episode)[0], [], False, False
