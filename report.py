@@ -7,7 +7,8 @@ usage: python report.py                                    all runs in runs/: sc
 A score is the one after the last online step, as in the paper; the row below has the mean of the last five online
 evaluations, which swings less. An interval is 95%, Student's t over seeds. With OPT, also the difference from the same
 seeds without it; of an ablation, from the paper's own variant. Runs with other numbers of steps stand in rows of their
-own. What could not be used is listed at the end. A README.md beside the runs heads the report.
+own, and so do those of other data than the paper's, whose args.json says "stand-in" in data.source. What could not be
+used is listed at the end. A README.md beside the runs heads the report.
 """
 
 import argparse
@@ -35,7 +36,7 @@ plt.switch_backend("Agg")
 plt.rcParams.update({"font.size": 8, "axes.xmargin": 0.02, "figure.constrained_layout.use": True})
 # The columns of the tables: {variant, a run's exp_name: what the paper calls it}.
 TD3, SPOT, IQL = ({v: t, f"{v}_opt": f"{t}+OPT"} for v, t in (("td3", "TD3"), ("spot", "SPOT"), ("iql", "IQL")))
-BOORL = {"boorl_at_200000": "BOORL 200k", "boorl": "BOORL 300k", "td3_opt": "TD3+OPT 300k"}
+BOORL = {"boorl_at_200000": "BOORL 200k", "boorl": "BOORL", "td3_opt": "TD3+OPT"}
 BASELINES = {"pex": "PEX", "cal_ql": "Cal-QL"}
 REPLAY = {"td3_opt": "TD3+OPT", "td3_opt_replay_online": "TD3+OPT online replay"}
 KAPPA = {"spot_opt": "kappa 0.1->0.9"} | {f"spot_opt_kappa_end_{end}": f"kappa 0.1->{end}" for end in (0.8, 0.7)}
@@ -80,6 +81,10 @@ TOTALS = f"row table {STEPS} variant tasks total paper_total iqm iqm_low iqm_hig
 COLORS = ("#000000", "#c04000", "#0060a8", "#808080", "#308040", "#b080c0")
 DASHES = ("-", "--", "-.", ":", (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
 STYLES = [{"color": c, "linestyle": d, "marker": m} for c, d, m in zip(COLORS, DASHES, "os^DvP", strict=True)]
+SAME_IN_ALL = {"td3_opt": 0, "spot_opt": 0, "rlpd_opt": 0, "td3": 1, "spot": 1, "rlpd": 1, "iql_opt": 2, "iql": 3}
+BAND_SEEDS = 5  # fewer seeds' intervals would be all of the panel
+STAND_IN = " (stand-in)"
+NONE = math.nan, math.nan  # where the paper has no score and interval
 LANDMARK = {"color": "#404040", "linestyle": (0, (1, 2)), "linewidth": 0.9}
 
 
@@ -153,10 +158,13 @@ def read_run(folder: Path, notes: list[str]) -> dict:
         raise ValueError(f"no finished online phase ({phase}, environment step {step:.0f} of {args['online_steps']})")
     normalized = evals.normalized_score.notna().all()
     scores = evals.normalized_score if normalized else evals.return_mean
-    run = {"folder": folder, "args": args, "variant": variant, "task": args["env_id"], "seed": args["seed"]}
+    task = args["env_id"] + (STAND_IN if "stand-in" in json.dumps(args.get("data")) else "")
+    run = {"folder": folder, "args": args, "variant": variant, "task": task, "seed": args["seed"]}
     run |= {"steps": Steps.of(args), "unit": "normalised score" if normalized else "return", "score": scores.iloc[-1]}
     run["last_five"] = scores[evals.phase == "online_finetune"].tail(5).mean()
     run["curve"] = scores.groupby(evals.env_steps).last()  # at 0 the offline agent's
+    if args.get("collect_steps") and 0 in run["curve"]:  # until then nothing learns
+        run["curve"] = run["curve"].combine_first(pd.Series({args["collect_steps"]: run["curve"][0]}))
     run |= {"device": args["device_name"], "threads": args["threads"], **dict.fromkeys(RATES + HOURS, math.nan)}
     if (folder / "speed.csv").exists():  # kept runs may be args.json and evals.csv alone
         speed = read_csv(folder / "speed.csv", ["seconds", "gradient_steps_per_second"], notes).set_index("phase")
@@ -195,7 +203,9 @@ class Table(NamedTuple):
 
 
 def read_paper() -> dict[int, dict[tuple[str, str], tuple[float, float]]]:
-    tables = pd.read_csv(ROOT / "results" / "paper-scores.csv").groupby("table")
+    scores = pd.read_csv(ROOT / "results" / "paper-scores.csv")
+    scores.method = scores.method.str.removesuffix(" 300k")  # which all others are
+    tables = scores.groupby("table")
     return {n: {(row.method, row.env_id): (row.score, row.interval) for row in rows.itertuples()} for n, rows in tables}
 
 
@@ -207,14 +217,15 @@ def make_tables(runs: pd.DataFrame) -> Iterator[Table]:
         if name in TABLES:
             tasks = dict.fromkeys(task for _, task in paper[n])
             tasks = [task for task in tasks if all((method, task) in paper[n] for method in headings.values())]
-            scores = {(v, task): paper[n][method, task] for v, method in headings.items() for task in tasks}
+            tasks += [task + STAND_IN for task in tasks]  # which the paper has no number for
+            scores = {(v, t): paper[n].get((method, t), NONE) for v, method in headings.items() for t in tasks}
             mine = runs[runs.variant.isin(headings) & runs.task.isin(tasks)]
             new = set(mine.steps[~mine.index.isin(shown)])
             mine = mine.loc[[any(a.has_place_for(b) or b.has_place_for(a) for b in new) for a in mine.steps]]
             headings = {variant: heading for variant, heading in headings.items() if variant in set(mine.variant)}
         else:
             headings, tasks = {variant: variant for variant in sorted(set(mine.variant))}, sorted(set(mine.task))
-            scores = {(variant, task): (math.nan, math.nan) for variant in headings for task in tasks}
+            scores = {(variant, task): NONE for variant in headings for task in tasks}
         shown, budgets, places = shown | set(mine.index), set(mine.steps), []
         rows = [row for row in budgets if not any(other != row and other.has_place_for(row) for other in budgets)]
         for i, row in enumerate(sorted(rows, key=lambda row: (-row.online, -(row.offline or 0), str(row)))):
@@ -355,7 +366,8 @@ def speed_rows(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def make_panels(titles: list[str], x_label: str) -> tuple[plt.Figure, dict[str, plt.Axes]]:
-    columns, rows = min(3, len(titles)), math.ceil(len(titles) / 3)
+    columns = 2 if len(titles) == 4 else min(3, len(titles))
+    rows = math.ceil(len(titles) / columns)
     figure, grid = plt.subplots(rows, columns, figsize=(max(7, 0.6 + 3.6 * columns), 1.6 + 2.6 * rows), squeeze=False)
     for i, (title, axis) in enumerate(zip(titles, grid.flat, strict=False)):  # one label for all would hide the legend
         axis.set(title=textwrap.fill(title, 50), xlabel=x_label if i >= len(titles) - columns else "")
@@ -379,11 +391,20 @@ def save(figure: plt.Figure, title: str, path: Path, handles: dict | None = None
 
 def styled_columns(table: Table, runs: pd.DataFrame) -> Iterator[tuple[str, dict, str, pd.DataFrame]]:
     """A row's columns: variant, style, what the legend says, runs."""
+    others = [variant for variant in table.headings if variant not in SAME_IN_ALL]
+    free = [i for i in range(1, len(STYLES)) if i not in {SAME_IN_ALL.get(variant) for variant in table.headings}]
     for variant, column in runs.groupby("variant", observed=True):
         sizes = column.groupby("task", observed=True).size()
         seeds = " to ".join(map(str, sorted({sizes.min(), sizes.max()})))
-        style = STYLES[list(reversed(table.headings)).index(variant) % len(STYLES)]  # OPT, the last, is the same in all
-        yield variant, style, f"{table.headings[variant]} ({seeds} seed{'s' * (seeds != '1')})", column
+        style = SAME_IN_ALL[variant] if variant in SAME_IN_ALL else free[others.index(variant) % len(free)]
+        yield variant, STYLES[style], f"{table.headings[variant]} ({seeds} seed{'s' * (seeds != '1')})", column
+
+
+def seeds_note(runs: pd.DataFrame, seed: str, interval: str) -> str:
+    """What of a figure is the mean, a seed and an interval."""
+    most = runs.groupby(["variant", "task"], observed=True).size().max()
+    words = f"mean; {seed}: each seed" if most > 1 else "one seed"
+    return f"{words}; {interval}: 95% interval" if most >= BAND_SEEDS else words
 
 
 def draw_line(axis: plt.Axes, mean: pd.Series, low: pd.Series, high: pd.Series, style: dict) -> plt.Line2D:
@@ -403,7 +424,7 @@ def draw_curves(table: Table, runs: pd.DataFrame, path: Path) -> Path:
             for curve in seeds.curve:
                 axis.plot(curve.index / 1000, curve, color=style["color"], linewidth=0.5, alpha=0.5)
             common = pd.concat(list(seeds.curve), axis=1, join="inner")
-            mean, band = common.mean(axis=1), common.apply(half_interval, axis=1).fillna(0) * (len(seeds) >= 5)
+            mean, band = common.mean(axis=1), common.apply(half_interval, axis=1).fillna(0) * (len(seeds) >= BAND_SEEDS)
             handles[label] = draw_line(axis, mean, mean - band, mean + band, style)
             if args.get("opt"):  # in N_tau's ablation each its own, in the style of its curve
                 own = {name: style[name] for name in ("color", "linestyle") if table.name == "ablation-n-tau"}
@@ -413,29 +434,32 @@ def draw_curves(table: Table, runs: pd.DataFrame, path: Path) -> Path:
         margin = 0.05 * (high - low) or 1
         axis.set_ylim(low - margin, high + margin)
     figure.supylabel(" or ".join(sorted(set(runs.unit))))
-    title = f"{table.title}\nsteps {runs.label.iloc[0]}; mean, its 95% interval from 5 seeds on, thin: each seed"
+    lines = seeds_note(runs, "thin", "band")
+    title = f"{table.title}\noffline + online steps: {runs.label.iloc[0]}; {lines}"
     return save(figure, title, path, handles | n_tau, columns=2 if len(panels) < 3 else 3)
 
 
 def draw_scores(table: Table, runs: pd.DataFrame, path: Path) -> Path:
-    """Final scores: filled markers with 95% intervals, the paper's number hollow below each."""
+    """Final scores: filled markers the mean, dots the seeds, bars 95% intervals, hollow markers the paper's number."""
     tasks, n = [task for task, _ in runs.groupby("task", observed=True)], runs.variant.nunique()
     figure, axis = plt.subplots(figsize=(8, 1.6 + len(tasks) * (0.16 + 0.17 * n) + 0.22 * n))
     handles = {}
     for i, (variant, style, label, column) in enumerate(styled_columns(table, runs)):
         style = style | {"linestyle": ""}
         places = pd.Series(np.arange(len(tasks)) + 0.8 * ((i + 0.5) / n - 0.5), tasks)
-        scores = column.groupby("task", observed=True).score.agg(["mean", half_interval])
-        points = {"x": scores["mean"], "y": places[scores.index], "xerr": scores.half_interval}
-        handles[label] = axis.errorbar(**points, capsize=2, markersize=5, **style)
-        if table.name in TABLES:
+        scores = column.groupby("task", observed=True).score.agg(["mean", "size", half_interval])
+        bars = scores.half_interval.where(scores["size"] >= BAND_SEEDS)
+        points = {"x": scores["mean"], "y": places[scores.index], "xerr": bars}
+        axis.plot(column.score, places[column.task], ".", color=style["color"], markersize=3, alpha=0.5)
+        handles[label] = axis.errorbar(**points, capsize=2, markersize=5, **style)[0]
+        if any(not math.isnan(table.paper[variant, task][0]) for task in tasks):
             paper, hollow = [table.paper[variant, task][0] for task in tasks], {"fillstyle": "none", "alpha": 0.8}
             handles[f"{table.headings[variant]}, paper"] = axis.plot(paper, places, markersize=7, **style, **hollow)[0]
     for row in range(1, len(tasks)):
         axis.axhline(row - 0.5, color="#c0c0c0", linewidth=0.6)
     axis.set_yticks(range(len(tasks)), tasks)
     axis.set(ylim=(len(tasks) - 0.5, -0.5), xlabel=f"{' or '.join(sorted(set(runs.unit)))} after the last online step")
-    title = f"{table.title}\nsteps {runs.label.iloc[0]}; mean and 95% interval over seeds"
+    title = f"{table.title}\noffline + online steps: {runs.label.iloc[0]}; {seeds_note(runs, 'dots', 'bars')}"
     return save(figure, title, path, handles, columns=2)
 
 

@@ -374,7 +374,7 @@ def explore(policy: Policy, observation: np.ndarray, noise: float) -> np.ndarray
 
 def collect(args: Args, run: Run, collector: Collector) -> None:
     """Phase 2: the first transitions, of the offline agents; no update yet."""
-    for _ in run.loop("collect", args.collect_steps, env=1, scores="never"):
+    for _ in run.loop("collect", args.collect_steps, env=1, scores="end"):
         collector.step(explore(run.policy, collector.observation, args.exploration_noise))
 
 

@@ -490,7 +490,7 @@ def offline_pretrain(args: Args, run: Run, agent: Agent, buffer: ReplayBuffer) -
 
 def collect(args: Args, run: Run, collector: Collector) -> None:
     """Phase 2: the first transitions, of the offline policy without perturbation or noise; no update yet."""
-    for _ in run.loop("collect", args.collect_steps, env=1, scores="never"):
+    for _ in run.loop("collect", args.collect_steps, env=1, scores="end"):
         collector.step(run.policy(collector.observation))
 
 

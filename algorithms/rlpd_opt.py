@@ -608,7 +608,7 @@ def explore(args: Args, policy: Policy, observation: np.ndarray) -> np.ndarray:
 def act_at_random(args: Args, run: Run, collector: Collector) -> None:
     """The start of vanilla's online phase: random_steps uniformly random actions, no update."""
     action_dim = collector.buffer.widths[1]
-    for _ in run.loop("collect", args.random_steps, env=1, scores="never"):
+    for _ in run.loop("collect", args.random_steps, env=1, scores="end"):
         collector.step(torch.rand(action_dim).numpy() * 2 - 1)
 
 

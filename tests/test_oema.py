@@ -489,6 +489,9 @@ def test_what_each_phase_changes(train, utd):
         assert steps == {count}, name
     found = [(row["phase"], int(row["gradient_steps"]), int(row["env_steps"])) for row in rows(folder, "speed.csv")]
     assert found == [("offline", 20, 0), ("collect", 0, 30), ("online_finetune", online, 20)]
+    evaluated = [(row["phase"], row["env_steps"], row["return_mean"]) for row in rows(folder)]
+    assert [row[:2] for row in evaluated[-3:]] == [("offline", "0"), ("collect", "30"), ("online_finetune", "50")]
+    assert evaluated[-3][2] == evaluated[-2][2]  # the same policy
 
 
 def test_the_first_steps_are_the_policys_own(train):

@@ -205,7 +205,8 @@ def test_curves_show_each_seed_and_span_the_seeds_alone_and_their_titles_fit(fig
     for name in ("table1-curves.png", "table1-scores.png"):
         figures[name].draw_without_rendering()
         title, panel = (of.get_window_extent() for of in (figures[name]._suptitle, figures[name].axes[0]))
-        assert "N_pretrain 123,456" in figures[name]._suptitle.get_text()
+        words = " ".join(figures[name]._suptitle.get_text().split())
+        assert "N_pretrain 123,456, UTD 7; mean; " in words and words.endswith(": each seed")  # no interval
         assert 0 < title.x0 < title.x1 < figures[name].bbox.x1 and title.y0 > panel.y1
 
 
@@ -216,6 +217,71 @@ def test_a_band_from_five_seeds_on(figures, tmp_path):
     band = figures["table1-curves.png"].axes[0].collections[0].get_paths()[0].vertices
     # 0, 10, 20, 30, 40: mean 20, standard error 15.811 / sqrt(5), and t of 4 degrees of freedom 2.7764
     assert band[:, 1].max() == pytest.approx(39.632, abs=1e-3) and band[:, 1].min() == pytest.approx(0)
+
+
+def test_the_figure_of_scores_has_each_seed_and_bars_from_five_seeds_on(figures, tmp_path):
+    for seed, score in enumerate((10, 20, 60, 40, 70)):
+        write_run(tmp_path / "runs", "td3_opt", "hopper-random-v2", seed, [0, 0, score])
+        if seed < 3:
+            write_run(tmp_path / "runs", "td3", "hopper-random-v2", seed, [0, 0, score])
+    make(tmp_path / "runs", tmp_path / "out")
+    axis = figures["table1-scores.png"].axes[0]
+    lines = [list(line.get_xdata()) for line in axis.lines if line.get_marker() not in "|"]
+    assert lines == [[10, 20, 60], [30], [86.0], [10, 20, 60, 40, 70], [40], [108.7]]  # seeds, mean, the paper's
+    # mean 40; s = sqrt((30^2 + 20^2 + 20^2 + 0 + 30^2) / 4) = 25.495, / sqrt(5) = 11.402, times t(0.975, 4) = 2.776445
+    three, five = ([end[0] for end in bars.get_segments()[0]] for bars in axis.collections)
+    assert not np.isfinite(three).any() and five == pytest.approx([40 - 31.656, 40 + 31.656], abs=1e-3)
+    title = figures["table1-scores.png"]._suptitle.get_text()
+    assert title.endswith("1,000,000 + 300,000; mean; dots: each seed; bars: 95% interval")
+
+
+def test_a_method_has_the_same_style_in_all_figures(figures, tmp_path):
+    """TD3+OPT beside its backbone, beside its ablation, and with another backbone's OPT."""
+    for variant in ("pex", "td3", "td3_opt", "td3_opt_init_random", "iql", "iql_opt"):
+        init = {"q_on_init": "random"} if "random" in variant else {}
+        write_run(tmp_path / "runs", variant, "hopper-random-v2", 0, [0, 1, 2], **init)
+    make(tmp_path / "runs", tmp_path / "out")
+
+    def styles(name: str) -> dict[str, tuple]:
+        axis, legend = figures[name].axes[0], figures[name].legends[0]
+        names = [text.get_text().split(" (")[0] for text in legend.texts if "N_tau" not in text.get_text()]
+        lines = [line for line in axis.lines if line.get_linewidth() == 1.3]
+        return {n: (line.get_color(), line.get_marker()) for n, line in zip(names, lines, strict=True)}
+
+    tables = [styles(f"{name}-curves.png") for name in ("table1", "table12-mujoco", "ablation-init-mujoco")]
+    assert [sorted(table) for table in tables] == [
+        ["PEX", "TD3", "TD3+OPT"], ["IQL", "IQL+OPT", "TD3", "TD3+OPT"], ["TD3+OPT", "random init"]
+    ]  # fmt: skip
+    for method in ("TD3", "TD3+OPT"):
+        assert len({table[method] for table in tables if method in table}) == 1
+    assert all(len(set(table.values())) == len(table) for table in tables)
+
+
+def test_a_stand_in_has_rows_of_its_own_and_no_number_of_the_paper_beside_it(figures, tmp_path):
+    runs, env = tmp_path / "runs", "hopper-medium-v2"
+    write_run(runs, "td3", env, 0, [0, 10])
+    write_run(runs, "td3", env, 1, [0, 30], data={"source": "stand-in: regenerated", "size": 9})
+    write_run(runs, "td3_opt", env, 1, [0, 70], data={"source": "stand-in", "size": 9})
+    text, scores, _ = make(runs, tmp_path / "out")
+    assert f"| {env} | 1,000,000 + 300,000 | 10.0 (1) | 89.3 ± 14.5 | – | 112.2 ± 0.6 |" in text
+    assert f"| {env} (stand-in) | 1,000,000 + 300,000 | 30.0 (1) | – | 70.0 (1) | – |" in text
+    opt = next(row for row in scores if row["variant"] == "td3_opt")
+    assert (opt["ahead"], opt["paper"], opt["paper_ahead"]) == ("40.0", "", "")
+    panels = [axis.get_title() for axis in figures["table1-curves.png"].axes]
+    assert panels == [env, f"{env} (stand-in)"]
+    legend = [label.get_text() for label in figures["table1-scores.png"].legends[0].texts]
+    assert legend == ["TD3 (1 seed)", "TD3, paper", "TD3+OPT (1 seed)", "TD3+OPT, paper"]  # on hopper-medium-v2
+    hollow = [line.get_xdata() for line in figures["table1-scores.png"].axes[0].lines if line.get_markersize() == 7]
+    assert [list(np.nan_to_num(scores)) for scores in hollow] == [[89.3, 0], [112.2, 0]]
+
+
+def test_a_curve_is_flat_while_nothing_learns(figures, tmp_path):
+    """OEMA's and BOORL's first online evaluation may come long after the steps before their first update."""
+    write_run(tmp_path / "runs", "oema", "hopper-random-v2", 0, [5, 7, 9], online_steps=200, collect_steps=25)
+    write_run(tmp_path / "runs", "oema", "walker2d-random-v2", 0, [5, 7, 9], online_steps=200, collect_steps=100)
+    make(tmp_path / "runs", tmp_path / "out")
+    curves = [axis.lines[0].get_xydata().tolist() for axis in figures["table1-curves.png"].axes]
+    assert curves == [[[0, 5], [0.025, 5], [0.1, 7], [0.2, 9]], [[0, 5], [0.1, 7], [0.2, 9]]]
 
 
 def test_other_steps_are_other_rows(runs, no_figures, tmp_path):

@@ -627,7 +627,7 @@ OFFLINE = [("offline", 0, n) for n in (0, 10, 20, 24)]
 EVALUATIONS = [
     ({}, OFFLINE + [("online_pretrain", 24, 36), ("online_finetune", 30, 60), ("online_finetune", 36, 84)]),
     ({"opt": False}, OFFLINE + [("online_finetune", n, 24 + 4 * n) for n in (10, 20, 30, 36)]),
-    (VANILLA, [("offline", 0, 0)] + [("online_finetune", n, 4 * (n - 14)) for n in (20, 30, 36)]),
+    (VANILLA, [("offline", 0, 0), ("collect", 14, 0)] + [("online_finetune", n, 4 * (n - 14)) for n in (20, 30, 36)]),
 ]
 
 
