@@ -391,8 +391,9 @@ def save(figure: plt.Figure, title: str, path: Path, handles: dict | None = None
 
 def styled_columns(table: Table, runs: pd.DataFrame) -> Iterator[tuple[str, dict, str, pd.DataFrame]]:
     """A row's columns: variant, style, what the legend says, runs."""
-    others = [variant for variant in table.headings if variant not in SAME_IN_ALL]
-    free = [i for i in range(1, len(STYLES)) if i not in {SAME_IN_ALL.get(variant) for variant in table.headings}]
+    names = [variant for variant in table.headings if table.name in TABLES or variant in set(runs.variant)]
+    others = [variant for variant in names if variant not in SAME_IN_ALL]
+    free = [i for i in range(1, len(STYLES)) if i not in map(SAME_IN_ALL.get, names)]
     for variant, column in runs.groupby("variant", observed=True):
         sizes = column.groupby("task", observed=True).size()
         seeds = " to ".join(map(str, sorted({sizes.min(), sizes.max()})))
