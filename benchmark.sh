@@ -25,6 +25,7 @@
 #   --dry-run              print the commands instead; each can be pasted
 #   --slurm                print them as a Slurm job array: a file for sbatch
 #
+# FLAGS go to every script of the table, so it must know them: --n-tau to OPT's alone by --methods "td3 td3_opt".
 # A finished run is skipped and a stopped one goes on, so that the same command continues after Ctrl-C or a crash. Runs go
 # to runs/, each with its benchmark.log. CUDA is used where there is some; jobs share the GPUs out.
 # THREADS=n sets the threads of a run (default: 1; quick and speed: 2).
@@ -46,6 +47,9 @@ add() { # SCRIPT VARIANT [FLAGS]: a run of the unit; the first after owner='' ow
     variants+=" $2"
     [[ -z $methods || " $methods " == *" $2 "* ]] || return 0
     local offline=${offline-$offline_steps} online=${online-$online_steps} budget='' folder command
+    # else its backbone runs to the end before it is refused
+    [[ $2 != *_opt* || $2 == rlpd* || ${online:-300000} -gt 25000 || " ${*:3} ${script_flags[*]-}" == *" --n"[-_]"tau"* ]] ||
+        refuse "--online-steps $online: $2 collects for 25,000 of them first: write more, or -- --n-tau N"
     [[ -z $offline_steps || $offline != "$offline_steps" ]] || budget+=_offline$offline
     [[ -z $online_steps ]] || budget+=_online$online
     folder=runs/${env_id//\//-}__$2__$seed${budget:+_$budget}
@@ -153,7 +157,7 @@ finished() { # FOLDER COMMAND: of this table or another; where its offline phase
 }
 
 run_unit() { # UNIT: in a bash of its own
-    local folder command status stopped='' devices=($gpus) score='END { printf "score %s, %.0f min", $4 == "nan" ? $5 : $4, $9 / 60 }'
+    local folder command status why stopped='' devices=($gpus) score='END { printf "score %s, %.0f min", $4 == "nan" ? $5 : $4, $9 / 60 }'
     trap 'stopped=1' TERM
     # BSD's xargs has no slots: there the devices are not dealt out.
     [[ -z ${slot:-} || -z $gpus ]] || export CUDA_VISIBLE_DEVICES=${devices[slot % ${#devices[@]}]}
@@ -176,7 +180,9 @@ run_unit() { # UNIT: in a bash of its own
         elif [[ -n $stopped ]]; then
             echo "stopped $folder"
         else
-            echo "failed $folder exit $status: $(tail -n 1 "$folder/benchmark.log" 2>&1)"
+            why=$(tail "$folder/benchmark.log" 2>&1)
+            why=$(awk '/^╭/ { getline box } END { if (/^╰/) { $0 = box; gsub(/ *│ */, "") } print }' <<<"$why") # tyro's boxes
+            echo "failed $folder exit $status: $why"
         fi
     done <<<"$1"
 }

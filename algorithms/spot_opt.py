@@ -86,7 +86,7 @@ class Args:
     # OPT
     kappa_init: float | None = None  # weight of Q_on in the policy at first; Table 15: random 1, medium 0.3, else 0.1
     kappa_end: float | None = None  # weight of Q_on from kappa_decay steps on; Table 15: random 1, else 0.9
-    kappa_decay: int | None = None  # T_decay, environment steps; 150,000, AntMaze 100,000 or 200,000, Adroit 250,000
+    kappa_decay: int | None = None  # T_decay: 150,000, AntMaze 100,000 or 200,000, Adroit 250,000, else online_steps/2
     q_on_init: Literal["meta", "random", "online", "joint"] = "meta"  # Fig. 5: Eq. 3, nothing, B_on only, or Eq. 10
     q_on: bool = True  # --no-q-on (Fig. 7): phase 2 trains Q_off, and the policy follows Q_off alone
     meta_lr: float = 3e-4  # step size of the inner step of Eq. 3 (alpha; OEMA's code)
@@ -113,7 +113,7 @@ class Args:
     collect_noise: float | None = None  # the same of the n_tau steps, 0 in OEMA's code; None: exploration_noise
     normalize_states: bool = False  # by the dataset's mean and std, offline and online (CORL's SPOT does not)
     # evaluation
-    eval_freq: int | None = None  # steps (online: environment steps) between two; None: 5,000, on AntMaze 50,000
+    eval_freq: int | None = None  # (environment) steps between two; 0: ends of phases; None: 5,000, on AntMaze 50,000
     eval_episodes: int | None = None  # episodes of an evaluation; None: 10, on AntMaze 100 (CORL)
     snapshots: bool = False  # keep a model at each evaluation, for `report.py bias` (Figs. 9, 10)
     capture_video: bool = False  # write an mp4 of one evaluation episode at the end
@@ -878,7 +878,7 @@ RANDOM_STEPS, RANDOM_CHUNK = 1_000_000, 25_000  # D4RL's size; steps that a proc
 
 def normalized_score(env_id: str, episode_return: float) -> float:
     """D4RL's score: 0 for its random policy's return, 100 for its expert's; NaN where D4RL has no reference."""
-    low, high = REFERENCE_RETURNS.get(env_id.split("-")[0], (math.nan, math.nan))
+    low, high = REFERENCE_RETURNS[env_id.split("-")[0]] if env_id in TASKS else (math.nan, math.nan)
     return 100 * (episode_return - low) / (high - low)
 
 
@@ -1073,8 +1073,8 @@ def load_dataset(env_id: str, dataset: str | None = None, progress: bool = True)
         path = Path(dataset).expanduser()
         if path.is_file():
             return read_hdf5(path), str(path)
-        minari_id = path.suffix not in (".hdf5", ".h5") and not path.exists()
-        require(minari_id, f"--dataset {dataset} is not a file: write that of a D4RL-style .hdf5, or a Minari id")
+        minari_id = re.search(r"-v\d+$", dataset) and not path.exists()
+        require(minari_id, f"--dataset {dataset} is no file, nor a Minari id (ends in -v0, say): write such a one")
         return read_minari(dataset, env_id, progress)
     require(env_id in TASKS, f"--env-id {env_id} has no D4RL data: give --dataset, a .hdf5 file or a Minari id")
     if env_id in ANTMAZE_TASKS:  # D4RL's own files are no help: their mazes have another origin
@@ -1202,7 +1202,7 @@ def resolve(args: Args) -> Args:
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     values = {"eval_freq": 50_000 if antmaze else 5_000, "eval_episodes": 100 if antmaze else 10} | paper_values(args)
-    values["run_dir"] = f"runs/{args.env_id.replace('/', '-')}__{args.exp_name or values['exp_name']}__{args.seed}"
+    values["run_dir"] = "runs/" + f"{args.env_id}__{args.exp_name or values['exp_name']}__{args.seed}".replace("/", "-")
     for name, value in values.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -1572,6 +1572,7 @@ def load(path: Path, kind: str, args: Args, names: Iterable[str], advice: str, o
     except Exception as error:  # torch raises half a dozen kinds for a truncated file
         raise BadInput(f"{path} is damaged or missing ({one_line(error)}): {advice}") from None
     whole = isinstance(state, dict) and state.get("kind") == kind and state.keys() >= {*Run.SAVED, "parts", "data"}
+    whole = whole and state["args"].keys() >= set(names)  # another script's has others
     require(whole, f"{path} is no {kind} of this version of {PROGRAM}: {advice}")
     pairs = {name: (state["args"].get(name), getattr(args, name)) for name in names}
     flags = [f"--{name.replace('_', '-')} {old} (now {new})" for name, (old, new) in pairs.items() if old != new]

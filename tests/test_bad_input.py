@@ -67,7 +67,8 @@ def test_an_environment_of_the_users_own_that_fails(refused, pendulum_file, tmp_
 def test_data_that_is_nowhere(refused, monkeypatch):
     monkeypatch.setattr(td3_opt, "D4RL_URL", "http://127.0.0.1:9/")
     refused("hopper_medium-v2.hdf5", "--dataset", "with network", env_id="hopper-medium-v2")
-    refused("is not a file", "--dataset", dataset="missing.hdf5")
+    refused("is no file, nor a Minari id", "--dataset", dataset="missing.hdf5")
+    refused("is no file, nor a Minari id", "--dataset", dataset="D4RL/hopper/medium")
     no_network = (_ for _ in ()).throw
     monkeypatch.setattr(td3_opt.minari, "download_dataset", lambda name: no_network(ConnectionError("no network")))
     refused("local Minari store", "minari list local", dataset="nobody/nothing-v0")
@@ -247,7 +248,7 @@ def test_files_of_another_version_of_the_script(refused, pendulum_file, tmp_path
     offline = torch.load(folder / "offline.pt", weights_only=True)
     alien = {name: value for name, value in offline["args"].items() if name != "policy_frequency"}
     torch.save(offline | {"args": alien}, folder / "alien.pt")  # another algorithm's
-    refused("--policy-frequency None (now 2)", dataset=data, offline_from=str(folder / "alien.pt"))
+    refused("alien.pt is no offline.pt of this version of td3_opt", dataset=data, offline_from=str(folder / "alien.pt"))
     fewer = {name: value for name, value in offline.items() if name != "score"}  # a counter that it did not have yet
     torch.save(fewer, folder / "fewer.pt")
     refused("fewer.pt is no offline.pt of this version", dataset=data, offline_from=str(folder / "fewer.pt"))

@@ -199,6 +199,8 @@ def test_usage_and_bad_input():
         "table1 -- --offline_steps 5": "--offline_steps",
         "table1 --seeds 4-2": "--seeds 4-2",
         "table1 --jobs 0": "--jobs 0",
+        "table12 --methods iql_opt --online-steps 25000": "iql_opt collects for 25,000",
+        "ablation-q-on --online-steps 9 --dry-run -- --n-pretrain 4": "td3_opt collects for 25,000",
         "table1 --online-steps 1e5": "whole number",
         "table1 -- --seed 3": "--seed after --",
         "ablation-n-tau -- --n-tau 4": "--n-tau after --",
@@ -223,7 +225,7 @@ done
 folder=runs/${env}__${name}__$seed
 [[ -z ${from:-} || -f $from/offline.pt ]] || { echo "no offline.pt"; exit 2; }
 echo "$(date +%s.%N) start $name $seed gpu ${CUDA_VISIBLE_DEVICES-none} threads $OMP_NUM_THREADS pid $$" >>events
-[[ $name-$seed != "${FAILING:-}" ]] || { echo "$name-$seed: cannot"; exit 1; }
+[[ $name-$seed != "${FAILING:-}" ]] || { printf '%b\n' "${WORDS:-$name-$seed: cannot}"; exit 1; }
 nap
 touch "$folder/offline.pt"
 nap
@@ -283,11 +285,14 @@ def test_a_failure_is_reported_and_tried_again(folder, stand_in):
     assert result.returncode == 1 and "2 of 4 runs are complete, 2 failed" in result.stdout
     assert "failed: runs/A-v0__td3__1/benchmark.log: exit 1: td3-1: cannot" in result.stdout
     assert "failed: runs/A-v0__td3_opt__1/benchmark.log: exit 2: no offline.pt" in result.stdout
+    box = r"╭─ Unrecognized ───╮\n│ Unrecognized: --a │\n│ For full helptext │\n╰───────────────────╯"
+    result = benchmark(folder, *narrow, FAILING="td3-1", WORDS=box, **stand_in)
+    assert "failed: runs/A-v0__td3__1/benchmark.log: exit 1: Unrecognized: --a\n" in result.stdout
     result = benchmark(folder, *narrow, **stand_in)
     assert result.returncode == 0
     assert "4 of 4 runs are complete, 0 failed; 2 were complete before" in result.stdout
     counts = Counter((name, seed) for _, what, name, seed, *_ in events(folder) if what == "start")
-    assert counts == {("td3", "0"): 1, ("td3_opt", "0"): 1, ("td3", "1"): 2, ("td3_opt", "1"): 1}
+    assert counts == {("td3", "0"): 1, ("td3_opt", "0"): 1, ("td3", "1"): 3, ("td3_opt", "1"): 1}
 
 
 def test_what_the_shell_cannot_write_fails_alone(folder, stand_in):

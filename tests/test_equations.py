@@ -310,6 +310,7 @@ def test_normalized_score_by_hand_and_without_a_reference():
     assert td3_opt.normalized_score("hopper-random-v2", 1607.0138475) == pytest.approx(50)
     assert math.isnan(td3_opt.normalized_score("Hopper-v5", 1000.0))
     assert math.isnan(td3_opt.normalized_score("hopperish-v1", 1000.0))
+    assert math.isnan(td3_opt.normalized_score("hopper-hard-v0", 1000.0))  # a user's own, by D4RL's first word
 
 
 def test_soft_update():
