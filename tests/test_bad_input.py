@@ -191,6 +191,10 @@ def test_paths_may_begin_with_the_home_folder(pendulum_file, tmp_path, monkeypat
     assert (tmp_path / "first" / "offline.pt").exists() and (tmp_path / "second" / "model.pt").exists()
 
 
+def test_a_run_is_one_folder_whatever_its_names():
+    assert td3_opt.resolve(Args(env_id="mine/Task-v0", exp_name="a/b")).run_dir == "runs/mine-Task-v0__a-b__0"
+
+
 def read_columns(path) -> dict[str, np.ndarray]:
     with h5py.File(path) as file:
         return {key: file[key][()] for key in file}
