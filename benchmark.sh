@@ -48,7 +48,7 @@ add() { # SCRIPT VARIANT [FLAGS]: a run of the unit; the first after owner='' ow
     [[ -z $methods || " $methods " == *" $2 "* ]] || return 0
     local offline=${offline-$offline_steps} online=${online-$online_steps} budget='' folder command
     # else its backbone runs to the end before it is refused
-    [[ $2 != *_opt* || $2 == rlpd* || ${online:-300000} -gt 25000 || " ${*:3} ${script_flags[*]-}" == *" --n"[-_]"tau"* ]] ||
+    [[ $2 != *_opt* || ${online:-300000} -gt 25000 || " ${*:3} ${script_flags[*]-}" == *" --n"[-_]"tau"* ]] ||
         refuse "--online-steps $online: $2 collects for 25,000 of them first: write more, or -- --n-tau N"
     [[ -z $offline_steps || $offline != "$offline_steps" ]] || budget+=_offline$offline
     [[ -z $online_steps ]] || budget+=_online$online
@@ -180,7 +180,7 @@ run_unit() { # UNIT: in a bash of its own
         elif [[ -n $stopped ]]; then
             echo "stopped $folder"
         else
-            why=$(tail "$folder/benchmark.log" 2>&1)
+            why=$(tail -n 50 "$folder/benchmark.log" 2>&1)
             why=$(awk '/^╭/ { getline box } END { if (/^╰/) { $0 = box; gsub(/ *│ */, "") } print }' <<<"$why") # tyro's boxes
             echo "failed $folder exit $status: $why"
         fi

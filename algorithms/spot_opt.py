@@ -1348,7 +1348,7 @@ class Run:
                     part.param_groups[0]["capturable"] = self.device.type == "cuda"
         except (KeyError, RuntimeError, ValueError) as error:
             advice = "take that version (script_blob in its args.json), or start a new run in another --run-dir"
-            what = f"{state['kind']} is of another version of {PROGRAM}"
+            what = f"{state['kind']} is of another script, or another version of {PROGRAM}"
             raise BadInput(f"{what} ({one_line(error)}): {advice}") from None
         if resumed:
             torch.set_rng_state(state["rng"])

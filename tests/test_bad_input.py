@@ -259,10 +259,10 @@ def test_files_of_another_version_of_the_script(refused, pendulum_file, tmp_path
     network = offline["parts"]["q_off"]
     offline["parts"]["q_off"] = {f"old.{name}": values for name, values in network.items()}
     torch.save(offline, folder / "offline.pt")
-    refused("offline.pt is of another version", "--run-dir", dataset=data, offline_from=str(folder))
+    refused("offline.pt is of another script", "--run-dir", dataset=data, offline_from=str(folder))
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
     torch.save(checkpoint | {"phase": "offline", "parts": offline["parts"]}, folder / "checkpoint.pt")
-    refused("checkpoint.pt is of another version", "--run-dir", dataset=data, run_dir=str(folder), resume=True)
+    refused("checkpoint.pt is of another script", "--run-dir", dataset=data, run_dir=str(folder), resume=True)
 
 
 def test_half_written_minari_dataset(refused, tmp_path, monkeypatch):

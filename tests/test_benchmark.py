@@ -200,6 +200,7 @@ def test_usage_and_bad_input():
         "table1 --seeds 4-2": "--seeds 4-2",
         "table1 --jobs 0": "--jobs 0",
         "table12 --methods iql_opt --online-steps 25000": "iql_opt collects for 25,000",
+        "table13 --online-steps 10000": "rlpd_opt collects for 25,000",
         "ablation-q-on --online-steps 9 --dry-run -- --n-pretrain 4": "td3_opt collects for 25,000",
         "table1 --online-steps 1e5": "whole number",
         "table1 -- --seed 3": "--seed after --",
@@ -285,7 +286,7 @@ def test_a_failure_is_reported_and_tried_again(folder, stand_in):
     assert result.returncode == 1 and "2 of 4 runs are complete, 2 failed" in result.stdout
     assert "failed: runs/A-v0__td3__1/benchmark.log: exit 1: td3-1: cannot" in result.stdout
     assert "failed: runs/A-v0__td3_opt__1/benchmark.log: exit 2: no offline.pt" in result.stdout
-    box = r"╭─ Unrecognized ───╮\n│ Unrecognized: --a │\n│ For full helptext │\n╰───────────────────╯"
+    box = r"╭─ Unrecognized ───╮\n│ Unrecognized: --a │\n" + r"│ Perhaps you meant │\n" * 15 + "╰───────────────────╯"
     result = benchmark(folder, *narrow, FAILING="td3-1", WORDS=box, **stand_in)
     assert "failed: runs/A-v0__td3__1/benchmark.log: exit 1: Unrecognized: --a\n" in result.stdout
     result = benchmark(folder, *narrow, **stand_in)
