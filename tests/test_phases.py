@@ -10,10 +10,11 @@ import numpy as np
 import oema
 import pex
 import pytest
+import rlpd_opt
 import spot_opt
 import td3_opt
 import torch
-from runs import watch_phases
+from runs import equal, watch_phases
 
 TINY = dict(env_id="InvertedPendulum-v5", offline_steps=6, online_steps=36, n_tau=30, n_pretrain=6, utd=2)
 TINY |= dict(batch_size=16, eval_freq=0, eval_episodes=1, tau=0.3, progress=False)
@@ -277,3 +278,24 @@ def shares(args, step: int) -> dict[str, float]:
         return {"q_on": 1.0}
     kappa = 0.2 + 0.8 * (30 + step) / 40
     return {"q_off": 1 - kappa, "q_on": kappa}
+
+
+@pytest.mark.parametrize("script", [td3_opt, iql_opt, rlpd_opt])
+def test_one_learning_rate_for_all(script):
+    args = script.resolve(script.Args(env_id="hopper-medium-v2", learning_rate=1e-3))
+    parts = script.Agent(args, 3, 2, torch.device("cpu")).parts()
+    rates = {name: float(part.param_groups[0]["lr"]) for name, part in parts.items() if "optimizer" in name}
+    assert len(rates) >= 3 and set(rates.values()) == {1e-3}
+
+
+@pytest.mark.parametrize("script", [td3_opt, spot_opt, iql_opt, rlpd_opt])
+def test_q_on_is_new(script):
+    """Not a copy of Q_off, whose bias it is to be without."""
+    agent = script.Agent(script.resolve(script.Args(env_id="hopper-medium-v2")), 3, 2, torch.device("cpu"))
+    assert not equal(agent.q_on.state_dict(), agent.q_off.state_dict())
+
+
+def test_the_size_of_exploration_noise():
+    torch.manual_seed(0)
+    actions = [td3_opt.explore(lambda _: np.zeros(24, np.float32), None, 0.1) for _ in range(500)]
+    assert np.std(actions) == pytest.approx(0.1, rel=0.03) and np.mean(actions) == pytest.approx(0, abs=0.003)

@@ -365,3 +365,16 @@ def test_its_own_arguments(words, arguments):
 @pytest.mark.parametrize("offline_steps, own, steps", [(1_000_000, None, 100_000), (5_000, None, 5_000), (5_000, 7, 7)])
 def test_a_short_run_has_a_short_vae(offline_steps, own, steps):
     assert spot_opt.resolve(Args(offline_steps=offline_steps, vae_steps=own)).vae_steps == steps
+
+
+def test_the_constraint_reaches_the_policy_through_encoder_and_reconstruction():
+    """Finite differences in the actions."""
+    torch.manual_seed(0)
+    vae, observations = spot_opt.VAE(3, 2).double(), torch.randn(4, 3, dtype=torch.float64)
+    actions = (torch.rand(4, 2, dtype=torch.float64) * 2 - 1).requires_grad_()
+
+    def loss(actions: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(1)
+        return spot_opt.elbo_loss(vae, observations, actions, 0.5).sum()
+
+    assert torch.autograd.gradcheck(loss, (actions,))
