@@ -1287,7 +1287,7 @@ def load(path: Path, kind: str, args: Args, names: Iterable[str], advice: str, o
     whole = isinstance(state, dict) and state.get("kind") == kind and state.keys() >= {*Run.SAVED, "parts", "data"}
     whole = whole and state["args"].keys() >= set(names)  # another script's has others
     require(whole, f"{path} is no {kind} of this version of {PROGRAM}: {advice}")
-    pairs = {name: (state["args"].get(name), getattr(args, name)) for name in names}
+    pairs = {name: (state["args"][name], getattr(args, name)) for name in names}
     flags = [f"--{name.replace('_', '-')} {old} (now {new})" for name, (old, new) in pairs.items() if old != new]
     require(not flags, f"{path} was made with {', '.join(flags)}: write the same, or {other}")
     return state
