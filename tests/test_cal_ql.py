@@ -642,18 +642,6 @@ def test_a_whole_run_is_plain_code(train, pendulum_columns, variant):
     compare(states["done"])
 
 
-def test_every_episode_is_one_of_the_newest_policy(train, monkeypatch):
-    """As on CUDA, where a copy acts."""
-    _, shared, _ = train("shared")
-
-    def own_copy(self, actor):
-        self.source, self.actor = actor, copy.deepcopy(actor)
-
-    monkeypatch.setattr(cal_ql.Policy, "__init__", own_copy)
-    _, copied, _ = train("copied")
-    assert equal(copied["done"]["buffer"], shared["done"]["buffer"]) and equal(copied["done"]["q"], shared["done"]["q"])
-
-
 KILLED_IN_A_DEBT = """
 import os, signal, sys
 sys.path.insert(0, {folder!r})

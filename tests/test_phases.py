@@ -24,6 +24,7 @@ OWN = {
         vae_steps=1, lambda_decay=36, critic_learning_rate=1e-2, actor_learning_rate=1e-2
     ),  # its networks start near 0
     iql_opt: dict(learning_rate=1e-3),
+    rlpd_opt: dict(learning_rate=1e-3),
     pex: dict(collect_steps=30, learning_rate=1e-3),
     cal_ql: dict(cql_actions=2, actor_layers=1, critic_layers=1),
     oema: dict(collect_steps=30, learning_rate=1e-3),
@@ -40,11 +41,12 @@ def train(monkeypatch, pendulum_file, tmp_path, home):
     monkeypatch.setenv("HOME", str(home))
 
     def train(script, **arguments) -> tuple:
-        states = watch_phases(script, monkeypatch)
         own = {name: value for name, value in TINY.items() if hasattr(script.Args, name)} | OWN[script]
         own |= dict(dataset=str(pendulum_file), run_dir=str(tmp_path / "run"))
         args = script.Args(**(own | arguments))
-        script.train(args)
+        with monkeypatch.context() as patch:
+            states = watch_phases(script, patch)
+            script.train(args)
         return args, states
 
     return train
@@ -75,8 +77,8 @@ def test_the_noise_of_the_collected_steps(script, train):
     assert script.resolve(dataclasses.replace(args, collect_noise=None, exploration_noise=0.3)).collect_noise == 0.3
 
 
-NORMALISED = [(td3_opt, True), (spot_opt, False), (iql_opt, True), (pex, False), (cal_ql, False), (oema, False)]
-NORMALISED += [(boorl, False)]
+NORMALISED = [(td3_opt, True), (spot_opt, False), (iql_opt, True), (rlpd_opt, False), (pex, False), (cal_ql, False)]
+NORMALISED += [(oema, False), (boorl, False)]
 
 
 @pytest.mark.parametrize("script, normalised", NORMALISED)
@@ -87,6 +89,61 @@ def test_whether_states_are_normalised(script, normalised, train, pendulum_colum
     mean, std = (data.mean(0), data.std(0) + 1e-3) if normalised else (np.zeros(4), np.ones(4))
     np.testing.assert_allclose(model["observation_mean"], mean, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(model["observation_std"], std, rtol=1e-4)
+
+
+@pytest.mark.parametrize("script", OWN, ids=lambda script: script.__name__)
+def test_every_action_is_the_newest_policys(script, train, tmp_path, monkeypatch):
+    """As on CUDA, where a copy acts."""
+    _, shared = train(script)
+
+    def own_copy(self, actor):
+        self.source, self.actor = actor, copy.deepcopy(actor)
+
+    monkeypatch.setattr(script.Policy, "__init__", own_copy)
+    _, copied = train(script, run_dir=str(tmp_path / "copied"))
+    assert equal(copied["done"], shared["done"])
+
+
+@scripts
+@pytest.mark.parametrize("fraction", [0.2, 0.8])
+def test_the_share_of_online_samples_at_the_start_of_fine_tuning(script, fraction, train, monkeypatch):
+    shares, start = [], script.BalancedReplay.start
+
+    def watch(self, online_fraction):
+        start(self, online_fraction)
+        rng = torch.get_rng_state()
+        shares.append((self.tree.sample(100_000) >= self.buffer.n_offline).double().mean().item())
+        torch.set_rng_state(rng)
+
+    monkeypatch.setattr(script.BalancedReplay, "start", watch)
+    train(script, replay="balanced", init_online_fraction=fraction)
+    assert shares == [pytest.approx(fraction, abs=0.02 * fraction)]
+
+
+@scripts
+def test_each_online_transition_enters_balanced_replay_once(script, train, monkeypatch):
+    entered, add = [], script.BalancedReplay.add
+    monkeypatch.setattr(script.BalancedReplay, "add", lambda self, row: (entered.append(row), add(self, row))[1])
+    train(script, replay="balanced")
+    assert entered == list(range(5_030, 5_036))
+
+
+@scripts
+@pytest.mark.parametrize("kappas", [(1.0, 1.0), (0.5, 1.0), (1.0, 0.5)], ids=str)
+def test_q_off_is_left_alone_only_where_kappa_is_1_throughout(script, kappas, train):
+    _, states = train(script, kappa_init=kappas[0], kappa_end=kappas[1])
+    frozen = equal(states["online_finetune"]["q_off"], states["done"]["q_off"])
+    assert frozen == (kappas == (1.0, 1.0))
+
+
+@scripts
+def test_the_target_of_q_on_follows_it_in_online_pretraining(script, train):
+    """By tau after a step, in TD3 and SPOT after the second."""
+    delayed = script in (td3_opt, spot_opt)
+    _, states = train(script, n_pretrain=2 if delayed else 1)
+    before, after = states["online_pretrain"], states["online_finetune"]
+    for name, target in before["q_on_target"].items():
+        torch.testing.assert_close(after["q_on_target"][name], 0.7 * target + 0.3 * after["q_on"][name])
 
 
 @scripts
@@ -299,3 +356,25 @@ def test_the_size_of_exploration_noise():
     torch.manual_seed(0)
     actions = [td3_opt.explore(lambda _: np.zeros(24, np.float32), None, 0.1) for _ in range(500)]
     assert np.std(actions) == pytest.approx(0.1, rel=0.03) and np.mean(actions) == pytest.approx(0, abs=0.003)
+
+
+PROTOCOL = dict(offline_steps=1_000_000, online_steps=300_000, n_tau=25_000, n_pretrain=50_000, q_on_init="meta")
+PROTOCOL |= dict(meta_lr=3e-4, meta_second_order=False, init_online_fraction=0.5, batch_size=256, gamma=0.99, tau=0.005)
+PROTOCOL |= dict(eval_freq=5_000, eval_episodes=10, opt=True, q_on=True, kappa_init=0.3, kappa_end=0.9)
+PROTOCOL |= dict(kappa_decay=150_000, replay="balanced")
+TD3 = dict(policy_frequency=2, policy_noise=0.2, noise_clip=0.5, exploration_noise=0.1, collect_noise=0.1)
+PUBLISHED = {  # the backbones' own
+    td3_opt: TD3 | dict(utd=5, learning_rate=3e-4, bc_alpha=2.5),
+    spot_opt: TD3
+    | dict(utd=1, actor_learning_rate=1e-4, critic_learning_rate=3e-4, vae_learning_rate=1e-3, vae_steps=100_000)
+    | dict(kl_weight=0.5, lambda_init=1.0, lambda_decay=1_000_000, lambda_end=0.5),
+    iql_opt: dict(utd=1, learning_rate=3e-4, expectile=0.7, beta=3.0, dropout=0.0),
+    rlpd_opt: dict(utd=20, offline_utd=1, learning_rate=3e-4, ensemble_size=10, subset_size=2, replay="symmetric"),
+}
+
+
+@pytest.mark.parametrize("script", OPT, ids=lambda script: script.__name__)
+def test_what_is_not_given_is_the_papers(script):
+    args = vars(script.resolve(script.Args(env_id="hopper-medium-v2")))
+    expected = PROTOCOL | PUBLISHED[script]
+    assert {name: args[name] for name in expected} == expected

@@ -258,3 +258,17 @@ def test_the_largest_priority_follows_the_updates():
         replay.ratio[4].bias.fill_(2.0)
     replay.update(rows, replay.buffer[rows])
     assert replay.largest == replay.tree.leaves.view(-1)[1] and 0.9 < replay.largest < 1.1
+
+
+def test_no_priority_is_above_1000(monkeypatch):
+    replay = gaussian_replay(1_000)
+    replay.start(0.5)
+    density_ratio = replay.density_ratio
+
+    def extreme(batch):  # of the uniform batch of both buffers, and of the rows used: 1e4 / 1e-6 before the bound
+        return 0 * density_ratio(batch) + (1e-30 if len(batch.rewards) == 512 else 1e20)
+
+    monkeypatch.setattr(replay, "density_ratio", extreme)
+    rows = torch.tensor([1, 1_500])
+    replay.update(rows, replay.buffer[rows])
+    assert replay.tree.leaves.view(-1)[rows].tolist() == [1e3, 1e3] and replay.largest == 1e3

@@ -224,6 +224,11 @@ def test_vanilla_resets_its_optimisers_where_it_goes_online(watched):
     assert updates(states["done"]["q_off_optimizer"]) == {60}
 
 
+def test_the_policy_moves_in_every_policy_frequencyth_step(watched):
+    states = watched(policy_frequency=3, utd=2)  # 20 steps offline, 60 online, where the optimiser starts anew
+    assert updates(states["collect"]["actor_optimizer"]) == {6} and updates(states["done"]["actor_optimizer"]) == {20}
+
+
 @pytest.mark.parametrize(
     "arguments",
     [{"q_on": False}, {"q_on_init": "random"}, {"replay": "symmetric"}, {"kappa_init": 1.0, "kappa_end": 1.0}],
