@@ -220,6 +220,8 @@ def make_tables(runs: pd.DataFrame) -> Iterator[Table]:
             tasks += [task + STAND_IN for task in tasks]  # which the paper has no number for
             scores = {(v, t): paper[n].get((method, t), NONE) for v, method in headings.items() for t in tasks}
             mine = runs[runs.variant.isin(headings) & runs.task.isin(tasks)]
+            if name.startswith("ablation"):
+                mine = mine[mine.task.isin(mine.task[~mine.variant.isin(["td3_opt", "spot_opt"])])]
             new = set(mine.steps[~mine.index.isin(shown)])
             mine = mine.loc[[any(a.has_place_for(b) or b.has_place_for(a) for b in new) for a in mine.steps]]
             headings = {variant: heading for variant, heading in headings.items() if variant in set(mine.variant)}
@@ -284,7 +286,8 @@ def iqm_and_interval(scores: np.ndarray) -> tuple[float, float, float]:
 
     np.random.seed(0)  # rliable draws from numpy's global generator
     points, intervals = library.get_interval_estimates({"": scores}, metrics.aggregate_iqm, reps=2_000)
-    return points[""], *(intervals[""][:, 0] if len(scores) > 1 else (math.nan, math.nan))
+    # Of two seeds of a task the bootstrap gives the smaller and the larger score
+    return points[""], *(intervals[""][:, 0] if len(scores) > 2 else (math.nan, math.nan))
 
 
 def summarize(table: Table) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -411,7 +414,7 @@ def seeds_note(runs: pd.DataFrame, seed: str, interval: str) -> str:
 def draw_line(axis: plt.Axes, mean: pd.Series, low: pd.Series, high: pd.Series, style: dict) -> plt.Line2D:
     thousands = mean.index / 1000
     axis.fill_between(thousands, low, high, color=style["color"], alpha=0.15, linewidth=0)
-    return axis.plot(thousands, mean, linewidth=1.3, markevery=(0.05, 0.15), markersize=4, **style)[0]
+    return axis.plot(thousands, mean, linewidth=1.3, markevery=max(1, len(mean) // 7), markersize=4, **style)[0]
 
 
 def draw_curves(table: Table, runs: pd.DataFrame, path: Path) -> Path:
@@ -429,8 +432,11 @@ def draw_curves(table: Table, runs: pd.DataFrame, path: Path) -> Path:
             handles[label] = draw_line(axis, mean, mean - band, mean + band, style)
             if args.get("opt"):  # in N_tau's ablation each its own, in the style of its curve
                 own = {name: style[name] for name in ("color", "linestyle") if table.name == "ablation-n-tau"}
-                n_tau["N_tau"] = axis.axvline(args["n_tau"] / 1000, **LANDMARK | own)
+                n_tau["N_tau (OPT learns from here)"] = axis.axvline(args["n_tau"] / 1000, **LANDMARK | own)
+    sizes = runs.groupby("task", observed=True).seed.nunique()
     for task, axis in panels.items():  # what of a band goes beyond all scores is cut off
+        if sizes.nunique() > 1:
+            axis.set_title(f"{axis.get_title()}, {sizes[task]} seed{'s' * int(sizes[task] > 1)}")
         low, high = curves[task].map(min).min(), curves[task].map(max).max()
         margin = 0.05 * (high - low) or 1
         axis.set_ylim(low - margin, high + margin)
@@ -455,7 +461,8 @@ def draw_scores(table: Table, runs: pd.DataFrame, path: Path) -> Path:
         handles[label] = axis.errorbar(**points, capsize=2, markersize=5, **style)[0]
         if any(not math.isnan(table.paper[variant, task][0]) for task in tasks):
             paper, hollow = [table.paper[variant, task][0] for task in tasks], {"fillstyle": "none", "alpha": 0.8}
-            handles[f"{table.headings[variant]}, paper"] = axis.plot(paper, places, markersize=7, **style, **hollow)[0]
+            line = axis.plot(paper, places, markersize=7, **style, **hollow)[0]
+            handles[f"{table.headings[variant]}, paper, full length"] = line
     for row in range(1, len(tasks)):
         axis.axhline(row - 0.5, color="#c0c0c0", linewidth=0.6)
     axis.set_yticks(range(len(tasks)), tasks)
@@ -573,8 +580,8 @@ def report(runs_folder: Path, out: Path) -> str:
         bad_input(f"{runs_folder} holds no run: start one first, or write --runs, the folder of your runs")
     text = "# Report\n\nMean ± 95% interval over seeds (number of seeds), after the last online step; "
     text += "the paper's is of 1,000,000 + 300,000 steps.\n"
-    text += "IQM: interquartile mean over tasks and seeds [stratified-bootstrap 95% interval] (the first seeds of each "
-    text += "task, as many as every task has in every column).\n\n"
+    text += "IQM: interquartile mean over tasks and seeds (the first seeds of each task, as many as every task has in "
+    text += "every column) [from three seeds on: stratified-bootstrap 95% interval].\n\n"
     if (about := runs_folder / "README.md").exists():
         text += about.read_text().strip() + "\n\n"
     out.mkdir(parents=True, exist_ok=True)

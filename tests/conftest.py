@@ -1,6 +1,7 @@
 """What the tests share: the script as a module, small datasets, and the script as a user starts it."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+for number in (signal.SIGINT, signal.SIGHUP):  # under nohup and in background jobs what tests start would ignore them
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
 torch.set_num_threads(1)  # as the processes that the tests start: the same numbers, and fast enough for small batches
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -19,7 +19,7 @@ import spot_opt
 import td3_opt
 import torch
 from conftest import ROOT, losses_of, take_phase
-from runs import run_killed_at, run_script, same_weights
+from runs import run_killed_at, run_script
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -183,19 +183,6 @@ def test_a_broken_compiler_is_noticed(home):
 
 FLAGS = "--env-id InvertedPendulum-v5 --offline-steps 30 --online-steps 60 --n-tau 25 --n-pretrain 15 --batch-size 16"
 FLAGS = FLAGS.split() + "--eval-freq 0 --eval-episodes 1 --no-progress --checkpoint-freq 7".split()
-
-
-def test_a_compiled_run_resumes_bit_for_bit_as_it_began(home, pendulum_file, tmp_path):
-    """Without --compile said again; of TD3+OPT with all its phases see test_run.py."""
-    arguments = (*FLAGS, "--no-opt", "--dataset", pendulum_file, "--run-dir")
-    result = run_script("iql_opt", home, *arguments, tmp_path / "whole", "--compile")
-    assert result.returncode == 0, result.stderr
-    killed = run_killed_at("iql_opt", "online_finetune", 16, "SIGKILL", home, *arguments, tmp_path / "run", "--compile")
-    assert killed.returncode == -9
-    result = run_script("iql_opt", home, *arguments, tmp_path / "run", "--resume")
-    assert result.returncode == 0, result.stderr
-    assert json.loads((tmp_path / "run" / "args.json").read_text())["compile"] is True
-    assert same_weights(tmp_path / "run", tmp_path / "whole")
 
 
 def test_ctrl_c_while_the_compiler_runs(home, pendulum_file, tmp_path):

@@ -75,7 +75,7 @@ def test_columns_iqms_are_over_the_same_number_of_seeds(runs, no_figures, tmp_pa
     """One run that is missing must not leave its column with its luckier seeds, beside all of another column's."""
     shutil.rmtree(next(runs.glob("hopper-random-v2__td3_opt__2*")))
     totals = {row["variant"]: row for row in make(runs, tmp_path / "out")[2]}
-    assert {row["iqm_seeds"] for row in totals.values()} == {"2"}
+    assert {(row["iqm_seeds"], row["iqm_low"], row["iqm_high"]) for row in totals.values()} == {("2", "", "")}
     # Seeds 0 and 1: 5 10 10 20 and 80 81 90 100, one cut at each end
     assert float(totals["td3"]["iqm"]) == pytest.approx(10) and float(totals["td3_opt"]["iqm"]) == pytest.approx(85.5)
 
@@ -210,6 +210,21 @@ def test_curves_show_each_seed_and_span_the_seeds_alone_and_their_titles_fit(fig
         assert 0 < title.x0 < title.x1 < figures[name].bbox.x1 and title.y0 > panel.y1
 
 
+def test_panels_of_other_numbers_of_seeds_name_theirs(runs, figures, tmp_path):
+    make(runs, tmp_path / "out")
+    panels = [axis.get_title() for axis in figures["table1-curves.png"].axes if axis.get_title()]
+    assert panels == ["hopper-random-v2, 3 seeds", "walker2d-random-v2, 4 seeds", "hopper-medium-v2, 1 seed"]
+
+
+def test_an_ablations_table_has_the_tasks_that_were_ablated(runs, no_figures, tmp_path):
+    for variant, init in (("td3_opt_init_random", {"q_on_init": "random"}), ("td3_opt_n_tau_6250", {"n_tau": 6250})):
+        own = {"n_pretrain": 12_500, "online_steps": 281_250} if "n_tau" in init else {}
+        write_run(runs, variant, "walker2d-random-v2", 0, [0, 50, 70], **init, **own)
+    scores = make(runs, tmp_path / "out")[1]
+    cells = {(row["variant"], row["task"]) for row in scores if row["table"].startswith("ablation")}
+    assert cells == {(v, "walker2d-random-v2") for v in ("td3_opt", "td3_opt_init_random", "td3_opt_n_tau_6250")}
+
+
 def test_a_band_from_five_seeds_on(figures, tmp_path):
     for seed in range(5):
         write_run(tmp_path / "runs", "td3", "hopper-random-v2", seed, [0, 0, 10 * seed])
@@ -270,7 +285,7 @@ def test_a_stand_in_has_rows_of_its_own_and_no_number_of_the_paper_beside_it(fig
     panels = [axis.get_title() for axis in figures["table1-curves.png"].axes]
     assert panels == [env, f"{env} (stand-in)"]
     legend = [label.get_text() for label in figures["table1-scores.png"].legends[0].texts]
-    assert legend == ["TD3 (1 seed)", "TD3, paper", "TD3+OPT (1 seed)", "TD3+OPT, paper"]  # on hopper-medium-v2
+    assert legend == ["TD3 (1 seed)", "TD3, paper, full length", "TD3+OPT (1 seed)", "TD3+OPT, paper, full length"]
     hollow = [line.get_xdata() for line in figures["table1-scores.png"].axes[0].lines if line.get_markersize() == 7]
     assert [list(np.nan_to_num(scores)) for scores in hollow] == [[89.3, 0], [112.2, 0]]
 

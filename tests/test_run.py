@@ -186,7 +186,8 @@ def test_a_killed_run_resumes_bit_for_bit(whole, run, home, pendulum_file, tmp_p
 
 @pytest.mark.parametrize(
     "variant",
-    [("--no-opt",), ("--no-q-on",), ("--kappa-init", 1, "--kappa-end", 1, "--replay", "symmetric"), ("--compile",)],
+    [("--no-opt",), ("--no-q-on",), ("--kappa-init", 1, "--kappa-end", 1, "--replay", "symmetric")]
+    + [("--compile", "--q-on-init", "random")],  # a phase less to compile
     ids=str,
 )
 def test_other_variants_resume_bit_for_bit_too(run, home, pendulum_file, tmp_path, variant):
@@ -194,7 +195,9 @@ def test_other_variants_resume_bit_for_bit_too(run, home, pendulum_file, tmp_pat
     assert run(*arguments, "--run-dir", tmp_path / "whole").returncode == 0
     arguments += ("--run-dir", tmp_path / "run", "--checkpoint-freq", 14)
     assert run_killed_at("td3_opt", "online_finetune", 27, "SIGKILL", home, *arguments).returncode == -signal.SIGKILL
-    assert run(*arguments, "--resume").returncode == 0
+    again = [word for word in arguments if word != "--compile"]  # a run goes on as it began
+    assert run(*again, "--resume").returncode == 0
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["compile"] is ("--compile" in variant)
     assert timeless(tmp_path / "run") == timeless(tmp_path / "whole")
     assert same_weights(tmp_path / "run", tmp_path / "whole")
 
