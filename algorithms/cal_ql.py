@@ -17,8 +17,8 @@ same text in every script: replay buffer, tasks and data, the run's folder.
 CQL (Kumar et al. 2020) is SAC (Haarnoja et al. 2018) with a penalty that pushes down the values of actions which are
 not in the data. Cal-QL stops pushing those of the policy's actions where they fall below the return that the data has
 from that state, so that the values have a sensible scale when the run goes online. Constants and the order of updates
-are those of Cal-QL's code, off AntMaze those of CORL's, the lengths of the phases and how often is evaluated those of
-the OPT paper. A line marked [choice] decides something on which Cal-QL is silent, or differs from its code.
+are those of Cal-QL's code (off AntMaze the settings are CORL's), the lengths of the phases and how often is evaluated
+those of the OPT paper. A line marked [choice] decides something on which Cal-QL is silent, or differs from its code.
 """
 
 from __future__ import annotations
