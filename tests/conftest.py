@@ -85,7 +85,7 @@ def start(home, tmp_path):
 def run(start):
     def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
         process = start(*arguments, **environment)
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=600)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     return run

@@ -30,7 +30,7 @@ def run_script(script: str, home: Path, *arguments, code: str | None = None) -> 
     environment = os.environ | {"HOME": str(home), "OMP_NUM_THREADS": "1"}
     start = [str(ALGORITHMS / f"{script}.py")] if code is None else ["-c", code]
     command = [sys.executable, *start, *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def run_killed_at(script: str, phase: str, step: int, number: str, home: Path, *arguments):
