@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.11"
+# requires-python = ">=3.11,<3.14"
 # dependencies = [
 #     "torch==2.13.0", "numpy==2.4.6", "gymnasium==1.4.0", "gymnasium-robotics==1.4.2", "mujoco==3.3.7",
 #     "minari==0.5.4", "huggingface_hub==2.4.0", "h5py==3.16.0", "tyro==1.0.17", "tqdm==4.70.1", "tensorboard==2.21.0",
@@ -17,8 +17,9 @@ same text in every script: replay buffer, tasks and data, the run's folder.
 Offline it is TD3+BC (Fujimoto & Gu 2021). Online it is TD3 (Fujimoto et al. 2018) with three changes: what acts is the
 policy plus a learned perturbation that climbs an optimistic value; the policy's gradient asks too that the policy after
 a step of it be good in recent online states; and batches come from Off2On's balanced replay (Lee et al. 2022).
-Constants and the order in an update are those of OEMA's code; Eq. 2 is the OPT paper's number of TD3's critic loss. A
-line marked [choice] decides something on which OEMA is silent, or differs from its code.
+Constants and the order in an update are those of OEMA's code, but for the density ratio, whose step is the last here
+and whose initial weights are Off2On's; Eq. 2 is the OPT paper's number of TD3's critic loss. A line marked [choice]
+decides something on which OEMA is silent, or differs from its code.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ class Args:
     meta_lr: float = 3e-4  # step size of the inner step of the policy's meta-loss
     # TD3
     batch_size: int = 256  # transitions per batch
-    learning_rate: float = 3e-4  # of every Adam optimiser
+    learning_rate: float = 3e-4  # of every Adam optimiser but the density ratio's
     gamma: float = 0.99  # discount
     tau: float = 0.005  # step of the target networks
     policy_frequency: int = 2  # gradient steps per update of policy and targets
@@ -138,6 +139,9 @@ KAPPA_OPT_AND_BETA = {
     "halfcheetah-medium-replay-v2": (5.0, 1.0),
     "hopper-medium-replay-v2": (2.0, 1.0),
     "walker2d-medium-replay-v2": (1.0, 0.1),
+    "halfcheetah-medium-expert-v2": (5.0, 1.0),
+    "hopper-medium-expert-v2": (2.0, 1.0),
+    "walker2d-medium-expert-v2": (1.0, 1.0),
 }
 NEWEST = 50_000  # online transitions from which the states of the policy's meta-loss are drawn (OEMA's code)
 

@@ -580,7 +580,8 @@ def test_a_run_whose_c_is_not_finite_stops(train):
 
 MUJOCO = ("halfcheetah", "hopper", "walker2d")
 TABLE = {"random": ((5, 1), (5, 1), (8, 1)), "medium": ((5, 1), (5, 1), (1, 1))}
-TABLE |= {"medium-replay": ((5, 1), (2, 1), (1, 0.1)), "expert": ((1, 1), (1, 1), (1, 1))}
+TABLE |= {"medium-replay": ((5, 1), (2, 1), (1, 0.1)), "medium-expert": ((5, 1), (2, 1), (1, 1))}
+TABLE["expert"] = ((1, 1), (1, 1), (1, 1))
 VALUES = [(f"{env}-{kind}-v2", *pair) for kind in TABLE for env, pair in zip(MUJOCO, TABLE[kind], strict=True)]
 VALUES += [(env, 1, 1) for env in ("antmaze-large-play-v2", "relocate-cloned-v1", "InvertedPendulum-v5")]
 
