@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.11"
+# requires-python = ">=3.11,<3.14"
 # dependencies = [
 #     "torch==2.13.0", "numpy==2.4.6", "gymnasium==1.4.0", "gymnasium-robotics==1.4.2", "mujoco==3.3.7",
 #     "minari==0.5.4", "huggingface_hub==2.4.0", "h5py==3.16.0", "tyro==1.0.17", "tqdm==4.70.1", "tensorboard==2.21.0",
@@ -17,8 +17,8 @@ same text in every script: replay buffer, tasks and data, the run's folder.
 CQL (Kumar et al. 2020) is SAC (Haarnoja et al. 2018) with a penalty that pushes down the values of actions which are
 not in the data. Cal-QL stops pushing those of the policy's actions where they fall below the return that the data has
 from that state, so that the values have a sensible scale when the run goes online. Constants and the order of updates
-are those of Cal-QL's code (off AntMaze the settings are CORL's), the lengths of the phases and how often is evaluated
-those of the OPT paper. A line marked [choice] decides something on which Cal-QL is silent, or differs from its code.
+are those of Cal-QL's code (off AntMaze the settings are CORL's), the lengths of the phases those of the OPT paper,
+evaluations as in CORL. A line marked [choice] decides something on which Cal-QL is silent, or differs from its code.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def paper_values(args: Args) -> dict:
     # MuJoCo, and any other task: CORL's CQL; Cal-QL has no settings for them [choice]
     values = {"cql_weight": 10.0, "lagrange": False, "gap_clip": 0.0, "max_backup": False}
     values |= {"actor_learning_rate": 3e-5, "actor_layers": 3, "critic_layers": 3}
-    if args.env_id in ANTMAZE_TASKS:  # Cal-QL's code
+    if args.env_id in ANTMAZE_TASKS:  # Cal-QL's code; umaze, which it does not run, as the others [choice]
         values |= {"cql_weight": 5.0, "lagrange": True, "max_backup": True}
         values |= {"actor_learning_rate": 1e-4, "actor_layers": 2, "critic_layers": 4}
     elif args.env_id in ADROIT_TASKS:  # CORL's Cal-QL; Cal-QL's own is of other data, with binary rewards [choice]

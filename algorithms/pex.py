@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.11"
+# requires-python = ">=3.11,<3.14"
 # dependencies = [
 #     "torch==2.13.0", "numpy==2.4.6", "gymnasium==1.4.0", "gymnasium-robotics==1.4.2", "mujoco==3.3.7",
 #     "minari==0.5.4", "huggingface_hub==2.4.0", "h5py==3.16.0", "tyro==1.0.17", "tqdm==4.70.1", "tensorboard==2.21.0",
@@ -15,7 +15,7 @@ same text in every script: replay buffer, tasks and data, the run's folder.
 
 Offline, IQL (Kostrikov et al. 2022) trains Q, V and a policy pi_1. Online, pi_1 is frozen and a new policy pi_2 learns
 beside it: in every state one of their two actions is drawn, the better one more often. Constants and the order of
-updates are those of PEX's code, the lengths of the phases and how often is evaluated those of the OPT paper. A line
+updates are those of PEX's code, the lengths of the phases those of the OPT paper, evaluations as in CORL. A line
 marked [choice] decides something on which PEX is silent, or differs from its code.
 """
 

@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.11"
+# requires-python = ">=3.11,<3.14"
 # dependencies = [
 #     "torch==2.13.0", "numpy==2.4.6", "gymnasium==1.4.0", "gymnasium-robotics==1.4.2", "mujoco==3.3.7",
 #     "minari==0.5.4", "huggingface_hub==2.4.0", "h5py==3.16.0", "tyro==1.0.17", "tqdm==4.70.1", "tensorboard==2.21.0",
@@ -84,9 +84,9 @@ class Args:
     n_pretrain: int = 50_000  # gradient steps of online pre-training (Section 4.1)
     utd: int = 1  # gradient steps per environment step of online fine-tuning
     # OPT
-    kappa_init: float | None = None  # weight of Q_on in the policy at first; Table 15: random 1, medium 0.3, else 0.1
+    kappa_init: float | None = None  # weight of Q_on in the policy at first; MuJoCo: random 1, medium 0.3; else 0.1
     kappa_end: float | None = None  # weight of Q_on from kappa_decay steps on; Table 15: random 1, else 0.9
-    kappa_decay: int | None = None  # T_decay: 150,000, AntMaze 100,000 or 200,000, Adroit 250,000, else online_steps/2
+    kappa_decay: int | None = None  # T_decay: medium(-replay) 150k, AntMaze 100k/200k, Adroit 250k, else online_steps/2
     q_on_init: Literal["meta", "random", "online", "joint"] = "meta"  # Fig. 5: Eq. 3, nothing, B_on only, or Eq. 10
     q_on: bool = True  # --no-q-on (Fig. 7): phase 2 trains Q_off, and the policy follows Q_off alone
     meta_lr: float = 3e-4  # step size of the inner step of Eq. 3 (alpha; OEMA's code)
@@ -381,7 +381,7 @@ def meta_adaptation_loss(
     """Eq. 3: L_off(psi) + L_on(psi - alpha grad L_off(psi)), L being `loss` of the critic's values and a target.
 
     First order (OEMA's code): the inner gradient is a constant. Second order: Eq. 3 to the letter. A pair
-    is (Transitions, target); targets are the target critic's, the adapted parameters serve L_on's prediction alone.
+    is (Transitions, target); no target is of adapted parameters: these serve L_on's prediction alone.
     """
     (offline, offline_target), (online, online_target) = offline_pair, online_pair
     parameters = dict(critic.named_parameters())
@@ -552,7 +552,7 @@ class Agent:
         return self.q_on, self.q_on_target, self.q_on_optimizer
 
     def reset_optimizers(self) -> None:
-        """Forget the moments of the offline phase, as SPOT does where it goes online."""
+        """Forget the moments of the offline phase, as CORL does where it goes online."""
         for optimizer in (self.actor_optimizer, self.q_off_optimizer):
             for state in optimizer.state.values():
                 torch._foreach_zero_(list(state.values()))

@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.11"
+# requires-python = ">=3.11,<3.14"
 # dependencies = [
 #     "torch==2.13.0", "numpy==2.4.6", "gymnasium==1.4.0", "gymnasium-robotics==1.4.2", "mujoco==3.3.7",
 #     "minari==0.5.4", "huggingface_hub==2.4.0", "h5py==3.16.0", "tyro==1.0.17", "tqdm==4.70.1", "tensorboard==2.21.0",
@@ -83,9 +83,9 @@ class Args:
     n_pretrain: int = 50_000  # gradient steps of online pre-training (Section 4.1)
     utd: int = 5  # gradient steps per environment step of online fine-tuning
     # OPT
-    kappa_init: float | None = None  # weight of Q_on in the policy at first; Table 15: random 1, medium 0.3, else 0.1
+    kappa_init: float | None = None  # weight of Q_on in the policy at first; MuJoCo: random 1, medium 0.3; else 0.1
     kappa_end: float | None = None  # weight of Q_on from kappa_decay steps on; Table 15: random 1, else 0.9
-    kappa_decay: int | None = None  # T_decay: 150,000, AntMaze 100,000 or 200,000, Adroit 250,000, else online_steps/2
+    kappa_decay: int | None = None  # T_decay: medium(-replay) 150k, AntMaze 100k/200k, Adroit 250k, else online_steps/2
     q_on_init: Literal["meta", "random", "online", "joint"] = "meta"  # Fig. 5: Eq. 3, nothing, B_on only, or Eq. 10
     q_on: bool = True  # --no-q-on (Fig. 7): phase 2 trains Q_off, and the policy follows Q_off alone
     meta_lr: float = 3e-4  # step size of the inner step of Eq. 3 (alpha; OEMA's code)
@@ -94,7 +94,7 @@ class Args:
     init_online_fraction: float = 0.5  # share of online samples at the start of balanced replay [choice]
     # TD3
     batch_size: int = 256  # transitions per batch; from each buffer in online pre-training
-    learning_rate: float = 3e-4  # of every Adam optimiser
+    learning_rate: float = 3e-4  # of every Adam optimiser but the density ratio's
     gamma: float = 0.99  # discount
     tau: float = 0.005  # step of the target networks
     policy_frequency: int = 2  # gradient steps per update of policy and targets
@@ -310,7 +310,7 @@ def meta_adaptation_loss(
     """Eq. 3: L_off(psi) + L_on(psi - alpha grad L_off(psi)), L being `loss` of the critic's values and a target.
 
     First order (OEMA's code): the inner gradient is a constant. Second order: Eq. 3 to the letter. A pair
-    is (Transitions, target); targets are the target critic's, the adapted parameters serve L_on's prediction alone.
+    is (Transitions, target); no target is of adapted parameters: these serve L_on's prediction alone.
     """
     (offline, offline_target), (online, online_target) = offline_pair, online_pair
     parameters = dict(critic.named_parameters())
