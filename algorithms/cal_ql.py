@@ -1099,7 +1099,7 @@ class Run:
             rewards=scale * dataset.rewards + shift,
             next_observations=(dataset.next_observations - mean) / std,
         )
-        self.env = self.seen(gym.wrappers.RecordEpisodeStatistics(self.env))  # of the task's own rewards
+        self.env = self.seen(gym.wrappers.RecordEpisodeStatistics(self.env, stats_key="ours"))  # of the task's rewards
         self.env = gym.wrappers.TransformReward(self.env, lambda reward: scale * reward + shift)
         self.evaluation_env = self.seen(self.evaluation_env)
         crc = zlib.crc32(b"".join(column.tobytes() for column in dataset))

@@ -66,6 +66,8 @@ class Unseeded(OddPendulum):
 
 gym.register("OddPendulum-v0", OddPendulum, max_episode_steps=50)
 gym.register("Arrays-v0", Arrays, max_episode_steps=50)
+counted = [gym.wrappers.RecordEpisodeStatistics.wrapper_spec()]
+gym.register("Counted-v0", OddPendulum, max_episode_steps=50, additional_wrappers=tuple(counted))
 gym.register("Unseeded-v0", Unseeded, max_episode_steps=50)
 
 
@@ -229,12 +231,12 @@ def test_a_script_without_a_main_guard_is_told_so(home, tmp_path):
     assert last.startswith("td3_opt.BadInput: no data for hopper-random-v2") and "if __name__ == '__main__'" in last
 
 
-def test_rewards_may_be_arrays_of_one_element(pendulum_file, tmp_path):
+def test_rewards_may_be_arrays_of_one_element_and_episodes_counted_already(pendulum_file, tmp_path):
     scores = []
-    for env_id in ("OddPendulum-v0", "Arrays-v0"):
+    for env_id in ("OddPendulum-v0", "Arrays-v0", "Counted-v0"):
         arguments = TINY | dict(env_id=env_id, dataset=str(pendulum_file), run_dir=str(tmp_path / env_id))
         scores.append(td3_opt.train(Args(**arguments)).score)
-    assert scores[0] == scores[1]
+    assert scores[0] == scores[1] == scores[2]
 
 
 def test_a_terminal_that_is_closed(pendulum_file, home, tmp_path):
