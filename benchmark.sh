@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # usage: bash benchmark.sh COMMAND [OPTIONS] [-- FLAGS FOR THE SCRIPTS]
 #
-# Tables of the paper (10 seeds):
+# Tables of the paper (10 seeds, table14 5):
 #   table1    OEMA, PEX, Cal-QL, TD3, TD3+OPT        table12   SPOT or TD3, IQL, and OPT on each, all 19 tasks
 #   table2    PEX, Cal-QL, SPOT, SPOT+OPT, AntMaze   table13   RLPD, RLPD off-to-on, RLPD+OPT, all 19 tasks
 #   table3    Cal-QL, SPOT, SPOT+OPT, Adroit         table14   BOORL, TD3+OPT
@@ -100,7 +100,7 @@ add_unit() { # the runs of one task and seed
 plan() { # TABLE OPTIONS: makes the units
     table=$1 seeds=10 jobs='' env_ids='' offline_steps='' online_steps='' methods='' variants='' action=run_all steps='' script_flags=() units=()
     local name flag number='^(0|[1-9][0-9]*)$' range='^([1-9][0-9]*|(0|[1-9][0-9]*)-(0|[1-9][0-9]*))$'
-    local tasks set_here='opt$|calibration|q-on|kappa-|replay|env-id|seed|exp-name|run-dir|offline-(from|steps)|online-steps|no-resume'
+    local tasks set_here='opt$|calibration|q-on|kappa-(init|end|decay)|replay|env-id|seed|exp-name|run-dir|offline-(from|steps)|online-steps|no-resume'
     case $table in
     table1 | table14 | ablation-q-on | ablation-replay | ablation-n-tau) tasks=$mujoco ;;
     table2 | ablation-kappa) tasks=$antmaze ;;
@@ -109,7 +109,7 @@ plan() { # TABLE OPTIONS: makes the units
     ablation-init) tasks="$mujoco $antmaze" ;;
     *) refuse "unknown command '$table'; $see" ;;
     esac
-    [[ $table != ablation-* ]] || seeds=5
+    [[ $table != ablation-* && $table != table14 ]] || seeds=5
     [[ $table != ablation-n-tau ]] || set_here+='|n-tau|n-pretrain'
     while shift && (($#)); do
         case $1 in
