@@ -94,6 +94,13 @@ def bad_input(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        bad_input(f"{path} cannot be written ({error.strerror}): write another --out")
+
+
 class Steps(NamedTuple):
     """A run's step budgets. "paper" is the paper's number for the variant, None what does not apply to it."""
 
@@ -106,8 +113,8 @@ class Steps(NamedTuple):
 
     @classmethod
     def of(cls, args: dict) -> "Steps":
-        variant, opt, ablated = args["exp_name"], args.get("opt"), re.search(r"_n_tau_(\d+)$", args["exp_name"])
-        n_tau = int(ablated[1]) if ablated else N_TAU
+        variant, opt = args["exp_name"], args.get("opt")
+        n_tau = int(N_TAUS.get(variant, f"N_tau {N_TAU}").split()[1])
         backbone = re.split("[_.]", args.get("script", variant))[0]  # a name of one's own tells nothing
         paper = {"n_tau": n_tau, "n_pretrain": 2 * n_tau, "utd": UTD.get(backbone)}
         paper["vae_steps"] = min(VAE_STEPS, args["offline_steps"])
@@ -231,8 +238,9 @@ def make_tables(runs: pd.DataFrame) -> Iterator[Table]:
         shown, budgets, places = shown | set(mine.index), set(mine.steps), []
         rows = [row for row in budgets if not any(other != row and other.has_place_for(row) for other in budgets)]
         for i, row in enumerate(sorted(rows, key=lambda row: (-row.online, -(row.offline or 0), str(row)))):
-            label = row.label(f"{row.online - N_TAU:,} + N_tau" if name == "ablation-n-tau" else f"{row.online:,}")
             here = mine[mine.steps.map(row.has_place_for)]
+            ablated = name == "ablation-n-tau" or set(here.variant) <= N_TAUS.keys() - {"td3_opt"}
+            label = row.label(f"{row.online - N_TAU:,} + N_tau" if ablated else f"{row.online:,}")
             places.append(here.assign(row=i, label=label, row_steps=[row] * len(here)))
         if places:
             order = {"variant": pd.CategoricalDtype(list(headings)), "task": pd.CategoricalDtype(tasks)}
@@ -304,6 +312,9 @@ def summarize(table: Table) -> tuple[pd.DataFrame, pd.DataFrame]:
     for row, runs in table.places.groupby("row"):
         seeds = runs.groupby(["variant", "task"], observed=True).size().unstack().dropna(axis=1)
         runs = runs[runs.task.isin(seeds.columns)]
+        real = ~runs.task.astype(str).str.endswith(STAND_IN)
+        runs = runs[real] if real.any() else runs  # data other than the paper's adds up with its own kind alone
+        seeds = seeds[list(dict.fromkeys(runs.task))]
         if runs.unit.nunique() != 1:
             continue  # no task in every column, or returns beside scores, which do not add up
         for variant, column in runs.groupby("variant", observed=True):
@@ -385,7 +396,7 @@ def save(figure: plt.Figure, title: str, path: Path, handles: dict | None = None
     figure.suptitle("\n".join(lines))
     if handles:
         figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     figure.savefig(path, dpi=130)
     figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
     plt.close(figure)
@@ -584,7 +595,7 @@ def report(runs_folder: Path, out: Path) -> str:
     text += "every column) [from three seeds on: stratified-bootstrap 95% interval].\n\n"
     if (about := runs_folder / "README.md").exists():
         text += about.read_text().strip() + "\n\n"
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     tables = [(table, *summarize(table)) for table in make_tables(runs)] if len(runs) else []
     for table, scores, totals in tables:
         text += table_markdown(table, scores, totals) + "\n"

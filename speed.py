@@ -259,7 +259,7 @@ def contestants(compiled: bool) -> dict[str, Callable[[], float]]:
         return milliseconds(lambda: [step(i) for i in range(n)], n)
 
     for step, n in tqdm(steps.values(), "compiling" if compiled else "warming up", unit="step"):
-        measure(step, n)
+        measure(step, 2 * n)  # four policy steps of RLPD: CUDA graphs are captured at the fourth of a kind
     found = {what: functools.partial(measure, *step) for what, step in steps.items()}
     first = {PLAIN: functools.partial(plain_eager, torch.get_num_threads()), "offline, TD3": found["offline, TD3"]}
     with contextlib.suppress(ImportError):

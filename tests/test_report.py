@@ -314,6 +314,28 @@ def test_other_steps_are_other_rows(runs, no_figures, tmp_path):
     assert left_out(text) == ["nothing"]
 
 
+def test_stand_ins_count_in_no_total_of_the_papers_tasks(no_figures, tmp_path):
+    runs, stand_in = tmp_path / "runs", {"source": "stand-in", "size": 9}
+    for score, (env, data) in enumerate(
+        {"hopper-random-v2": {}, "walker2d-random-v2": {}, "hopper-medium-v2": stand_in}.items()
+    ):
+        write_run(runs, "td3", env, 0, [0, 10**score], data=data)
+    text, _, totals = make(runs, tmp_path / "out")
+    assert "| **total of 2** | 1,000,000 + 300,000 | 11.0 | 86.1 |" in text
+    assert {(row["total"], row["iqm"]) for row in totals} == {("11.0", "5.5")}
+
+
+def test_a_name_like_the_ablations_keeps_its_own_steps(no_figures, tmp_path):
+    """Only Table 10's own names count their steps from N_tau on, and say so where their task is not the paper's."""
+    steps = {"online_steps": 100_000, "n_pretrain": 2_000}
+    write_run(tmp_path / "runs", "td3_opt_n_tau_1000", "hopper-random-v2", 0, [0, 1], n_tau=1_000, **steps)
+    steps = {"online_steps": 281_250, "n_pretrain": 12_500}
+    write_run(tmp_path / "runs", "td3_opt_n_tau_6250", "hopper-expert-v2", 0, [0, 2], n_tau=6_250, **steps)
+    text, *_ = make(tmp_path / "runs", tmp_path / "out")
+    assert "| hopper-random-v2 | 1,000,000 + 100,000, N_tau 1,000, N_pretrain 2,000 |" in text
+    assert "| hopper-expert-v2 | 1,000,000 + 275,000 + N_tau |" in text
+
+
 def test_one_cell_with_other_arguments_is_named(runs, no_figures, tmp_path):
     write_run(runs, "td3", "hopper-random-v2", 3, [0, 1, 2], gamma=0.5)
     text, *_ = make(runs, tmp_path / "out")
@@ -652,6 +674,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys, monkeypatch):
     save_snapshot(model, tmp_path / "run", "offline-0-0")
     (save_snapshot(model, tmp_path / "torn", "offline-0-0") / "snapshots" / "offline-0-9.pt").write_bytes(b"PK")
     (tmp_path / "empty" / "snapshots").mkdir(parents=True)
+    write_run(tmp_path / "kept", "td3", "hopper-random-v2", 0, [0, 1])
     monkeypatch.chdir(tmp_path)
     cases = {
         "": "runs is no folder",
@@ -675,6 +698,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys, monkeypatch):
         "bias torn --reference .": "offline-0-9.pt cannot be read",
         "bias run empty --reference .": "empty has no snapshots: run it with --snapshots",
         "bias none --reference .": "none has no snapshots",
+        "--runs kept --out old.pt": "old.pt cannot be written (File exists): write another --out",
     }
     for arguments, words in cases.items():
         with pytest.raises(SystemExit) as error:
