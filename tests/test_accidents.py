@@ -66,8 +66,8 @@ class Unseeded(OddPendulum):
 
 gym.register("OddPendulum-v0", OddPendulum, max_episode_steps=50)
 gym.register("Arrays-v0", Arrays, max_episode_steps=50)
-counted = [gym.wrappers.RecordEpisodeStatistics.wrapper_spec()]
-gym.register("Counted-v0", OddPendulum, max_episode_steps=50, additional_wrappers=tuple(counted))
+counted = (gym.wrappers.RecordEpisodeStatistics.wrapper_spec(),)  # outside of the time limit, whose end they count
+gym.register("Counted-v0", OddPendulum, max_episode_steps=50, additional_wrappers=counted)
 gym.register("Unseeded-v0", Unseeded, max_episode_steps=50)
 
 
