@@ -28,6 +28,7 @@ import dataclasses
 import difflib
 import fcntl
 import hashlib
+import http.client
 import importlib.metadata
 import inspect
 import io
@@ -920,8 +921,8 @@ def read_hdf5(path: Path) -> Transitions:
     """Read a D4RL-style file, without next_observations but for the last step of a cut episode. BadInput if damaged."""
     try:
         with h5py.File(path, "r") as file:
-            columns = {key: np.asarray(file[key]) for key in (*Transitions._fields, "timeouts") if key in file}
-    except (OSError, TypeError) as error:
+            columns = {key: np.asarray(file[key][()]) for key in (*Transitions._fields, "timeouts") if key in file}
+    except (OSError, TypeError, KeyError) as error:
         advice = "give a D4RL-style .hdf5 file; if this one is a broken download, delete it"
         if isinstance(error, BlockingIOError):
             advice = "another process has it open for writing, close it there"
@@ -1002,13 +1003,13 @@ def read_minari(dataset_id: str | None, env_id: str, progress: bool) -> tuple[Tr
     if dataset_id is None:  # a newer version where only that is in the local store
         domain, kind = env_id.rsplit("-v", 1)[0].split("-", 1)
         ids = [f"D4RL/{domain}/{kind}-v{version}" for version in range(1 if antmaze else 2, 10)]
-        dataset_id = next((i for i in ids if (store / i / "data").is_dir()), ids[0])
+        dataset_id = next((i for i in ids if os.path.isdir(store / i / "data")), ids[0])
     remote_id, dataset_id = dataset_id, re.sub("^[a-z]+://[^/]+/", "", dataset_id)
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):  # a store that is read-only is complete
             store.mkdir(parents=True, exist_ok=True)
             fcntl.flock(stack.enter_context(open(store / ".lock", "w")), fcntl.LOCK_EX)  # while another run downloads
-        if not (store / dataset_id / "data").is_dir():
+        if not os.path.isdir(store / dataset_id / "data"):
             try:
                 minari.download_dataset(remote_id)
             except Exception as error:  # whatever the remote's client raises: without network, or for an unknown id
@@ -1050,9 +1051,9 @@ def load_dataset(env_id: str, dataset: str | None = None, progress: bool = True)
     cache, the scripts' cache, the local Minari store, regeneration of a random set, download."""
     if dataset is not None:
         path = Path(dataset).expanduser()
-        if path.is_file():
+        if os.path.isfile(path):
             return read_hdf5(path), str(path)
-        minari_id = re.search(r"-v\d+$", dataset) and not path.exists()
+        minari_id = re.search(r"-v\d+$", dataset) and not os.path.exists(path)
         require(minari_id, f"--dataset {dataset} is no file, nor a Minari id (ends in -v0, say): write such a one")
         return read_minari(dataset, env_id, progress)
     require(env_id in TASKS, f"--env-id {env_id} has no D4RL data: give --dataset, a .hdf5 file or a Minari id")
@@ -1063,7 +1064,7 @@ def load_dataset(env_id: str, dataset: str | None = None, progress: bool = True)
     own_cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "opt-datasets" / f"{env_id}.hdf5"
     own_source = f"{own_cache} ({'regenerated' if env_id.endswith('-random-v2') else 'downloaded'})"
     for path, source in ((d4rl_cache, str(d4rl_cache)), (own_cache, own_source)):
-        if path.exists():
+        if os.path.exists(path):
             return read_hdf5(path), source
     if env_id in ADROIT_TASKS:
         return read_minari(None, env_id, progress)
@@ -1081,7 +1082,7 @@ def load_dataset(env_id: str, dataset: str | None = None, progress: bool = True)
             torch.hub.download_url_to_file(D4RL_URL + name, str(temporary), progress=progress and sys.stderr.isatty())
         h5py.File(temporary).close()  # a download that broke ends here: what has the final name is complete
         temporary.replace(own_cache)
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         why = f"it is not at {d4rl_cache}, and not to be made here or had from {D4RL_URL}{name} ({one_line(error)})"
         raise BadInput(f"no data for {env_id}: {why}. {WAYS}") from None
     finally:
@@ -1248,19 +1249,20 @@ class Run:
         self.tracker = self.writer = None
         self.products = ""  # which library multiplies matrices, "bf16" or "ieee" (see tune): a resumed run has the same
         checkpoint, self.state = self.folder / "checkpoint.pt", {}
-        free = args.resume or not (checkpoint.exists() or (self.folder / "evals.csv").exists())  # its first row
+        written = os.stat(checkpoint).st_mtime_ns if os.path.exists(checkpoint) else 0
+        free = args.resume or not (written or os.path.exists(self.folder / "evals.csv"))  # its first row
         advice = "write --resume to go on with it, or another --run-dir or --exp-name"
         require(free, f"{self.folder} holds a run already: {advice}")
-        if checkpoint.exists():
+        if written:
             names = [field.name for field in dataclasses.fields(args) if field.name not in self.FREE]
             advice, other = "delete it, and --resume starts from the beginning", "start a new run in another --run-dir"
             self.state = load(checkpoint, "checkpoint.pt", args, names, advice, other)
         elif args.offline_from:
             path, advice = Path(args.offline_from).expanduser(), "write another --offline-from, a run's folder"
-            path = path / "offline.pt" if path.is_dir() else path
+            path = path / "offline.pt" if os.path.isdir(path) else path
             self.state = load(path, "offline.pt", args, OFFLINE_ARGS, advice, "leave out --offline-from")
         vars(self).update({name: self.state[name] for name in (*self.SAVED, "products") if name in self.state})
-        if checkpoint.exists() and args.compile is None:  # go on as it began
+        if written and args.compile is None:  # go on as it began
             args.compile = self.state["args"].get("compile", False)
         args.compile = choose_compile(args)
         try:
@@ -1275,6 +1277,8 @@ class Run:
             raise BadInput(f"another process runs in {self.folder}: wait for it, or write another --run-dir") from None
         except OSError:  # some file systems of clusters have no locks
             pass
+        now = os.stat(checkpoint).st_mtime_ns if checkpoint.exists() else 0
+        require(now == written, f"another process has just written {checkpoint}: start again")
 
     def load_data(self, reward_transform: Callable[[str, Transitions], tuple[float, float]]) -> Transitions:
         """The dataset as the agent sees it, rewards scaled and shifted by `reward_transform(env_id, dataset)`, states
@@ -1366,7 +1370,7 @@ class Run:
         save(path, json.dumps(args | facts, indent=2))
         for name in ("evals", "speed") if resumed else ():
             self.append(name)
-        self.writer = SummaryWriter(str(self.folder), purge_step=self.gradient_steps + 1 if state else None)
+        self.writer = SummaryWriter(str(self.folder), purge_step=max(self.gradient_steps, self.env_steps) + 1)
         table = "".join(f"|{name}|{value}|\n" for name, value in args.items())
         self.writer.add_text("arguments", f"|argument|value|\n|-|-|\n{table}", self.gradient_steps)
         data = f"{self.data['size']:,} transitions from {self.data['source']}"

@@ -124,6 +124,27 @@ def test_a_folder_in_use_is_refused(home, pendulum_file, tmp_path):
     assert run_script("td3_opt", home, *arguments, "--resume").returncode == 0
 
 
+def test_a_checkpoint_that_another_process_writes_meanwhile(pendulum_file, tmp_path, monkeypatch):
+    """Between the reading of a checkpoint and the lock the process before may have written its last one."""
+    args = Args(**TINY, dataset=str(pendulum_file), run_dir=str(tmp_path / "run"), resume=True)
+    checkpoint, flock = tmp_path / "run" / "checkpoint.pt", fcntl.flock
+
+    def wait_for_the_other(*arguments):
+        td3_opt.save(checkpoint, "newer")
+        return flock(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", wait_for_the_other)
+        with pytest.raises(td3_opt.BadInput, match="another process has just written .*checkpoint.pt: start again"):
+            td3_opt.train(args)  # its first
+    checkpoint.unlink()
+    td3_opt.train(args)
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", wait_for_the_other)
+        with pytest.raises(td3_opt.BadInput, match="start again"):
+            td3_opt.train(args)
+
+
 def test_an_environment_that_does_not_repeat_itself_is_named_on_resuming(pendulum_file, tmp_path, monkeypatch, capsys):
     step = td3_opt.Collector.step
 
@@ -183,6 +204,25 @@ def test_a_run_killed_before_its_first_checkpoint_logs_once(home, pendulum_file,
     assert len(list((tmp_path / "run").glob("events.out.tfevents.*"))) == 1
     assert run_script("td3_opt", home, *arguments, "--resume").returncode == 0
     assert len(list((tmp_path / "run").glob("events.out.tfevents.*"))) == 1
+
+
+def test_curves_by_environment_steps_survive_resuming(home, pendulum_file, tmp_path):
+    """Also where those are more than the gradient steps, by which TensorBoard drops what a resumed run repeats."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    arguments = (*FLAGS, "--dataset", pendulum_file, "--run-dir", tmp_path / "run", "--checkpoint-freq", 30)
+    arguments += ("--offline-steps", 0, "--n-tau", 50)
+    assert run_killed_at("td3_opt", "collect", 45, "SIGTERM", home, *arguments).returncode == 128 + signal.SIGTERM
+
+    def points() -> list[int]:
+        events = EventAccumulator(str(tmp_path / "run"))
+        events.Reload()
+        return [event.step for event in events.Scalars("online/episode_return")]
+
+    before = points()
+    assert before and all(0 < step <= 46 for step in before)
+    assert run_script("td3_opt", home, *arguments, "--resume").returncode == 0
+    assert points()[: len(before)] == before
 
 
 def test_nohup_is_respected(home, pendulum_file, tmp_path):

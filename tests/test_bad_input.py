@@ -2,6 +2,8 @@
 
 import json
 import pwd
+import socket
+import threading
 
 import h5py
 import numpy as np
@@ -67,6 +69,19 @@ def test_an_environment_of_the_users_own_that_fails(refused, pendulum_file, tmp_
 def test_data_that_is_nowhere(refused, monkeypatch):
     monkeypatch.setattr(td3_opt, "D4RL_URL", "http://127.0.0.1:9/")
     refused("hopper_medium-v2.hdf5", "--dataset", "with network", env_id="hopper-medium-v2")
+    with socket.create_server(("127.0.0.1", 0)) as server:  # what answers is no web server
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(10_000)
+                connection.sendall(b"no HTTP\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        monkeypatch.setattr(td3_opt, "D4RL_URL", f"http://127.0.0.1:{server.getsockname()[1]}/")
+        refused("hopper_medium-v2.hdf5", "BadStatusLine", "--dataset", env_id="hopper-medium-v2")
+        thread.join()
     refused("is no file, nor a Minari id", "--dataset", dataset="missing.hdf5")
     refused("is no file, nor a Minari id", "--dataset", dataset="D4RL/hopper/medium")
     no_network = (_ for _ in ()).throw
@@ -93,6 +108,15 @@ def test_damaged_hdf5(refused, pendulum_columns, tmp_path):
         bad[7, 1] = value
         damaged("NaN or infinity in 'observations'", observations=bad)
     damaged("of type", "write numbers", rewards=np.full(5_000, b"x"))
+    with h5py.File(write_file(tmp_path / "b.hdf5", columns), "a") as file:
+        del file["rewards"]
+        file["rewards"] = h5py.SoftLink("/nowhere")
+    refused("cannot be read as HDF5", "b.hdf5", dataset=str(tmp_path / "b.hdf5"))
+    with h5py.File(tmp_path / "b.hdf5", "a") as file:
+        del file["rewards"]
+        file.create_group("rewards")
+    refused("cannot be read as HDF5", "b.hdf5", dataset=str(tmp_path / "b.hdf5"))
+    damaged("of type", "write numbers", rewards=np.bytes_(b"text"))
     del columns["next_observations"], columns["timeouts"]
     damaged("next_observations or timeouts")
     (tmp_path / "e.hdf5").write_text("not HDF5")
@@ -167,6 +191,13 @@ def test_run_folder_that_cannot_be_written(refused, pendulum_file, tmp_path):
     (tmp_path / "file").write_text("")
     refused("cannot be written", "--run-dir", dataset=str(pendulum_file), run_dir=str(tmp_path / "file" / "run"))
     refused("cannot be written", "--run-dir", dataset=str(pendulum_file), run_dir="/proc/run")
+
+
+def test_names_that_no_file_can_have(refused, pendulum_file):
+    data, long = str(pendulum_file), 300 * "a"
+    refused("is no file", "--dataset", dataset=long)
+    refused("missing", "File name too long", "--offline-from", dataset=data, offline_from=long)
+    refused("cannot be written", "File name too long", "--run-dir", dataset=data, run_dir=long)
 
 
 def test_a_folder_that_holds_another_run(refused, pendulum_file, tmp_path, capsys):
