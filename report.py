@@ -411,8 +411,11 @@ def styled_columns(table: Table, runs: pd.DataFrame) -> Iterator[tuple[str, dict
     for variant, column in runs.groupby("variant", observed=True):
         sizes = column.groupby("task", observed=True).size()
         seeds = " to ".join(map(str, sorted({sizes.min(), sizes.max()})))
-        style = SAME_IN_ALL[variant] if variant in SAME_IN_ALL else free[others.index(variant) % len(free)]
-        yield variant, STYLES[style], f"{table.headings[variant]} ({seeds} seed{'s' * (seeds != '1')})", column
+        again, place = divmod(others.index(variant), len(free)) if variant in others else (0, 0)
+        style = STYLES[SAME_IN_ALL.get(variant, free[place])]
+        if again:  # more columns than styles
+            style = style | {"linestyle": DASHES[(DASHES.index(style["linestyle"]) + again) % len(DASHES)]}
+        yield variant, style, f"{table.headings[variant]} ({seeds} seed{'s' * (seeds != '1')})", column
 
 
 def seeds_note(runs: pd.DataFrame, seed: str, interval: str) -> str:
@@ -645,6 +648,8 @@ def main() -> None:
     else:
         path = args.reference / "model.pt" if args.reference.is_dir() else args.reference
         reference = load_agent(path, "write another --reference, a near-optimal run's model.pt")
+        if len({folder.resolve().name for folder in args.folders}) < len(args.folders):
+            bad_input("two of these folders have one name, by which the panels are told apart: rename one")
         bias = pd.concat([estimation_bias(folder, reference) for folder in args.folders])
         written = draw_bias(bias, args.out / "bias.png")
         bias.to_csv(args.out / "bias.csv", index=False, float_format="%.4f")

@@ -272,6 +272,16 @@ def test_a_method_has_the_same_style_in_all_figures(figures, tmp_path):
     assert all(len(set(table.values())) == len(table) for table in tables)
 
 
+def test_any_number_of_own_variants_are_told_apart(figures, tmp_path):
+    for number in range(14):
+        write_run(tmp_path / "runs", f"mine_{number}", "hopper-random-v2", 0, [0, 1, 2])
+    make(tmp_path / "runs", tmp_path / "out")
+    (name,) = (name for name in figures if name.endswith("-curves.png"))
+    lines = [line for line in figures[name].axes[0].lines if line.get_linewidth() == 1.3]
+    looks = {(line.get_color(), str(line._unscaled_dash_pattern), line.get_marker()) for line in lines}
+    assert len(looks) == len(lines) == 14
+
+
 def test_a_stand_in_has_rows_of_its_own_and_no_number_of_the_paper_beside_it(figures, tmp_path):
     runs, env = tmp_path / "runs", "hopper-medium-v2"
     write_run(runs, "td3", env, 0, [0, 10])
@@ -645,6 +655,9 @@ def test_estimation_bias_of_a_run_against_its_own_last_model(home, pendulum_file
     assert result.returncode == 0, result.stderr
     run_report(monkeypatch, capsys, "bias", run, vanilla, "--reference", run, "--out", tmp_path / "out")
     assert (tmp_path / "out" / "bias.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit):
+        run_report(monkeypatch, capsys, "bias", run, tmp_path / "copy" / "run", "--reference", run)
+    assert "two of these folders have one name" in capsys.readouterr().err
     bias = rows(tmp_path / "out", "bias.csv")
     names = ["phase", "env_steps", "gradient_steps"]
     assert list(bias[0]) == ["run", *names, "pair", "q_off_bias", "q_on_bias", "q_mix_bias"]
