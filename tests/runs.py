@@ -1,10 +1,13 @@
-"""Whole runs of any script, as a user starts them; what their folders hold; killing them at a given step."""
+"""Whole runs of any script, each a process of its own; what their folders hold; killing them at a given step."""
 
 import copy
 import csv
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -25,12 +28,39 @@ script.train(script.parse_args())
 """
 
 
+# Importing PyTorch takes most of a short run's time: here processes are forked from one that has. tests/conftest.py's
+# `start` and `run` are what a user types.
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["torch._dynamo", "torch.utils.tensorboard"])
+
+
+def become(arguments: list[str], environment: dict[str, str], out: str, err: str) -> None:
+    """In a new process: what `python` does with these arguments."""
+    for stream, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY), stream)
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(1)  # as OMP_NUM_THREADS=1 where PyTorch is imported after it
+    first, sys.argv = arguments[0], arguments
+    if first == "-c":
+        sys.argv = ["-c", *arguments[2:]]
+        exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        runpy.run_path(first, run_name="__main__")
+
+
 def run_script(script: str, home: Path, *arguments, code: str | None = None) -> subprocess.CompletedProcess:
     """Run algorithms/<script>.py, or `code`, in a process of its own with one thread and an empty home."""
-    environment = os.environ | {"HOME": str(home), "OMP_NUM_THREADS": "1"}
     start = [str(ALGORITHMS / f"{script}.py")] if code is None else ["-c", code]
-    command = [sys.executable, *start, *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    command = [*start, *map(str, arguments)]
+    with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
+        environment = os.environ | {"HOME": str(home), "OMP_NUM_THREADS": "1"}
+        process = FORKED.Process(target=become, args=(command, environment, out.name, err.name))
+        process.start()
+        process.join(600)
+        process.kill()
+        process.join()
+        return subprocess.CompletedProcess(command, process.exitcode, out.read(), err.read())
 
 
 def run_killed_at(script: str, phase: str, step: int, number: str, home: Path, *arguments):

@@ -167,7 +167,7 @@ def test_same_seed_same_run_and_another_seed_another(whole, run, pendulum_file, 
 @pytest.mark.parametrize(
     "phase, step", [("offline", 33), ("collect", 27), ("online_pretrain", 41), ("online_finetune", 37)]
 )
-def test_a_killed_run_resumes_bit_for_bit(whole, run, home, pendulum_file, tmp_path, phase, step):
+def test_a_killed_run_resumes_bit_for_bit(whole, home, pendulum_file, tmp_path, phase, step):
     """SIGKILL in the middle of each stage; the newest checkpoint is some steps old, in the middle of an episode."""
     arguments = (*SHORT, "--dataset", pendulum_file, "--run-dir", tmp_path / "run", "--checkpoint-freq", 10)
     assert run_killed_at("td3_opt", phase, step, "SIGKILL", home, *arguments).returncode == -signal.SIGKILL
@@ -177,7 +177,7 @@ def test_a_killed_run_resumes_bit_for_bit(whole, run, home, pendulum_file, tmp_p
         assert saved["parts"]["collector"]["episode_steps"] > 0
     with open(tmp_path / "run" / "evals.csv", "a") as file:
         file.write("online_finetune,7")  # half a row, as a kill may leave it
-    result = run(*arguments, "--resume")
+    result = run_script("td3_opt", home, *arguments, "--resume")
     assert result.returncode == 0, result.stderr
     assert timeless(tmp_path / "run") == timeless(whole) and same_weights(tmp_path / "run", whole)
     phases = ["offline", "collect", "online_pretrain", "online_finetune"]
@@ -190,39 +190,39 @@ def test_a_killed_run_resumes_bit_for_bit(whole, run, home, pendulum_file, tmp_p
     + [("--compile", "--q-on-init", "random", "--policy-frequency", 1)],  # a phase and a kind of step less to compile
     ids=str,
 )
-def test_other_variants_resume_bit_for_bit_too(run, home, pendulum_file, tmp_path, variant):
+def test_other_variants_resume_bit_for_bit_too(home, pendulum_file, tmp_path, variant):
     arguments = (*SHORT, *variant, "--dataset", pendulum_file)
-    assert run(*arguments, "--run-dir", tmp_path / "whole").returncode == 0
+    assert run_script("td3_opt", home, *arguments, "--run-dir", tmp_path / "whole").returncode == 0
     arguments += ("--run-dir", tmp_path / "run", "--checkpoint-freq", 14)
     assert run_killed_at("td3_opt", "online_finetune", 27, "SIGKILL", home, *arguments).returncode == -signal.SIGKILL
     again = [word for word in arguments if word != "--compile"]  # a run goes on as it began
-    assert run(*again, "--resume").returncode == 0
+    assert run_script("td3_opt", home, *again, "--resume").returncode == 0
     assert json.loads((tmp_path / "run" / "args.json").read_text())["compile"] is ("--compile" in variant)
     assert timeless(tmp_path / "run") == timeless(tmp_path / "whole")
     assert same_weights(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_again(whole, run, home, pendulum_file, tmp_path):
+def test_a_run_killed_before_its_first_checkpoint_starts_again(whole, home, pendulum_file, tmp_path):
     arguments = (*SHORT, "--dataset", pendulum_file, "--run-dir", tmp_path / "run")
     assert run_killed_at("td3_opt", "offline", 30, "SIGKILL", home, *arguments).returncode == -signal.SIGKILL
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
-    assert run(*arguments, "--resume").returncode == 0
+    assert run_script("td3_opt", home, *arguments, "--resume").returncode == 0
     assert timeless(tmp_path / "run") == timeless(whole) and same_weights(tmp_path / "run", whole)
 
 
 @pytest.mark.parametrize("number, status", [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 138), ("SIGHUP", 129)])
-def test_ctrl_c_writes_a_checkpoint_first(whole, run, home, pendulum_file, tmp_path, number, status):
+def test_ctrl_c_writes_a_checkpoint_first(whole, home, pendulum_file, tmp_path, number, status):
     arguments = (*SHORT, "--dataset", pendulum_file, "--run-dir", tmp_path / "run")
     result = run_killed_at("td3_opt", "online_finetune", 21, number, home, *arguments)
     assert result.returncode == status and "Traceback" not in result.stderr and "--resume" in result.stderr
     assert "stopping after this step or evaluation" in result.stderr
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert (saved["phase"], saved["step"]) == ("online_finetune", 22)
-    assert run(*arguments, "--resume").returncode == 0
+    assert run_script("td3_opt", home, *arguments, "--resume").returncode == 0
     assert timeless(tmp_path / "run") == timeless(whole) and same_weights(tmp_path / "run", whole)
 
 
-def test_killed_from_outside_at_any_moment(whole, start, run, pendulum_file, tmp_path):
+def test_killed_from_outside_at_any_moment(whole, start, home, pendulum_file, tmp_path):
     """SIGKILL by the clock, again and again, wherever it hits."""
     arguments = (*SHORT, "--dataset", pendulum_file, "--run-dir", tmp_path / "run", "--checkpoint-freq", 10, "--resume")
     for wait in (0.05, 0.3, 0.1):
@@ -233,7 +233,7 @@ def test_killed_from_outside_at_any_moment(whole, start, run, pendulum_file, tmp
         time.sleep(wait)
         process.kill()
         process.communicate()
-    assert run(*arguments).returncode == 0
+    assert run_script("td3_opt", home, *arguments).returncode == 0
     assert timeless(tmp_path / "run") == timeless(whole) and same_weights(tmp_path / "run", whole)
 
 
@@ -257,15 +257,17 @@ def test_a_write_that_fails_keeps_the_previous_file(tmp_path, monkeypatch):
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
-def test_variants_share_one_offline_phase(whole, run, pendulum_file, tmp_path):
+def test_variants_share_one_offline_phase(whole, home, pendulum_file, tmp_path):
     """OPT from another variant's offline.pt ends where OPT alone ends; so does the vanilla backbone."""
     data = ("--dataset", pendulum_file)
-    assert run(*SHORT, *data, "--no-opt", "--run-dir", tmp_path / "vanilla").returncode == 0
-    shared = run(*SHORT, *data, "--offline-from", tmp_path / "vanilla", "--run-dir", tmp_path / "opt")
+    assert run_script("td3_opt", home, *SHORT, *data, "--no-opt", "--run-dir", tmp_path / "vanilla").returncode == 0
+    shared = run_script(
+        "td3_opt", home, *SHORT, *data, "--offline-from", tmp_path / "vanilla", "--run-dir", tmp_path / "opt"
+    )
     assert shared.returncode == 0, shared.stderr
     assert timeless(tmp_path / "opt") == timeless(whole) and same_weights(tmp_path / "opt", whole)
     again = ("--no-opt", "--offline-from", whole / "offline.pt", "--run-dir", tmp_path / "vanilla2")
-    assert run(*SHORT, *data, *again).returncode == 0
+    assert run_script("td3_opt", home, *SHORT, *data, *again).returncode == 0
     assert timeless(tmp_path / "vanilla2") == timeless(tmp_path / "vanilla")
     phases = [row["phase"] for row in rows(tmp_path / "vanilla2")]
     assert set(phases) == {"offline", "online_finetune"} and rows(tmp_path / "vanilla2")[-1]["env_steps"] == "90"
@@ -454,9 +456,9 @@ def test_a_time_limit_is_not_terminal_in_the_buffer():
     assert stored.observations.flatten().tolist() == [0, 0.25, 0.5, 0]
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(pendulum_columns, run, tmp_path):
+def test_a_loss_that_is_not_finite_ends_the_run(pendulum_columns, home, tmp_path):
     data = write_file(tmp_path / "huge.hdf5", pendulum_columns | {"rewards": np.full(5_000, 3e38, np.float32)})
-    result = run(*SHORT, "--dataset", data, "--run-dir", tmp_path / "run")
+    result = run_script("td3_opt", home, *SHORT, "--dataset", data, "--run-dir", tmp_path / "run")
     assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
     assert "_loss is" in result.stderr and "phase offline" in result.stderr and "checkpoint" in result.stderr
 
@@ -634,9 +636,7 @@ def test_opt_learns_to_balance_a_pole(seed, tmp_path, monkeypatch, home):
     assert len(late) == 3 and max(late) >= 900
 
 
-def test_a_disk_that_fills_up_ends_the_run_with_one_line_and_a_whole_checkpoint(
-    whole, run, home, pendulum_file, tmp_path
-):
+def test_a_disk_that_fills_up_ends_the_run_with_one_line_and_a_whole_checkpoint(whole, home, pendulum_file, tmp_path):
     """A limit on file size stands in for the disk: small files fit, the checkpoint does not."""
     arguments = (*SHORT, "--dataset", pendulum_file, "--run-dir", tmp_path / "run", "--checkpoint-freq", 10)
     assert run_killed_at("td3_opt", "offline", 35, "SIGTERM", home, *arguments).returncode == 143
@@ -653,5 +653,5 @@ def test_a_disk_that_fills_up_ends_the_run_with_one_line_and_a_whole_checkpoint(
     assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
     assert "File too large" in result.stderr and "--resume" in result.stderr
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
-    assert run(*arguments, "--resume").returncode == 0
+    assert run_script("td3_opt", home, *arguments, "--resume").returncode == 0
     assert timeless(tmp_path / "run") == timeless(whole) and same_weights(tmp_path / "run", whole)
