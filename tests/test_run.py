@@ -187,7 +187,7 @@ def test_a_killed_run_resumes_bit_for_bit(whole, home, pendulum_file, tmp_path, 
 @pytest.mark.parametrize(
     "variant",
     [("--no-opt",), ("--no-q-on",), ("--kappa-init", 1, "--kappa-end", 1, "--replay", "symmetric")]
-    + [("--compile", "--q-on-init", "random", "--policy-frequency", 1)],  # a phase and a kind of step less to compile
+    + [("--compile", "--no-opt", "--policy-frequency", 1)],  # two steps to compile
     ids=str,
 )
 def test_other_variants_resume_bit_for_bit_too(home, pendulum_file, tmp_path, variant):
