@@ -84,6 +84,7 @@ STYLES = [{"color": c, "linestyle": d, "marker": m} for c, d, m in zip(COLORS, D
 SAME_IN_ALL = {"td3_opt": 0, "spot_opt": 0, "rlpd_opt": 0, "td3": 1, "spot": 1, "rlpd": 1, "iql_opt": 2, "iql": 3}
 BAND_SEEDS = 5  # fewer seeds' intervals would be all of the panel
 STAND_IN = " (stand-in)"
+PAPER_STEPS = "1,000,000 + 300,000"
 NONE = math.nan, math.nan  # where the paper has no score and interval
 LANDMARK = {"color": "#404040", "linestyle": (0, (1, 2)), "linewidth": 0.9}
 
@@ -432,11 +433,12 @@ def draw_line(axis: plt.Axes, mean: pd.Series, low: pd.Series, high: pd.Series, 
 
 
 def draw_curves(table: Table, runs: pd.DataFrame, path: Path) -> Path:
-    """Learning curves of the online phase: the mean, a thin line a seed, and a 95% band where it is not the panel."""
-    curves = {task: of_task.curve for task, of_task in runs.groupby("task", observed=True)}
+    """Learning curves of the online phase: the mean, a thin line a seed, and a 95% band where it is not the panel.
+    After the paper's steps a hollow marker for its final score."""
+    curves = {task: list(of_task.curve) for task, of_task in runs.groupby("task", observed=True)}
     figure, panels = make_panels(list(curves), "environment steps (thousands)")
-    handles, n_tau = {}, {}
-    for _, style, label, column in styled_columns(table, runs):
+    handles, marks = {}, {}
+    for variant, style, label, column in styled_columns(table, runs):
         for task, seeds in column.groupby("task", observed=True):
             axis, args = panels[task], seeds.args.iloc[0]
             for curve in seeds.curve:
@@ -444,20 +446,25 @@ def draw_curves(table: Table, runs: pd.DataFrame, path: Path) -> Path:
             common = pd.concat(list(seeds.curve), axis=1, join="inner")
             mean, band = common.mean(axis=1), common.apply(half_interval, axis=1).fillna(0) * (len(seeds) >= BAND_SEEDS)
             handles[label] = draw_line(axis, mean, mean - band, mean + band, style)
+            paper = pd.Series([table.paper[variant, task][0]], mean.index[-1:])
+            if runs.label.iloc[0] == PAPER_STEPS and paper.notna().all():
+                hollow = style | {"linestyle": "", "fillstyle": "none", "markersize": 8, "clip_on": False}
+                marks["hollow: the paper's final score"] = axis.plot(paper.index / 1000, paper, **hollow)[0]
+                curves[task].append(paper)
             if args.get("opt"):  # in N_tau's ablation each its own, in the style of its curve
                 own = {name: style[name] for name in ("color", "linestyle") if table.name == "ablation-n-tau"}
-                n_tau["N_tau (OPT learns from here)"] = axis.axvline(args["n_tau"] / 1000, **LANDMARK | own)
+                marks["N_tau (OPT learns from here)"] = axis.axvline(args["n_tau"] / 1000, **LANDMARK | own)
     sizes = runs.groupby("task", observed=True).seed.nunique()
     for task, axis in panels.items():  # what of a band goes beyond all scores is cut off
         if sizes.nunique() > 1:
             axis.set_title(f"{axis.get_title()}, {sizes[task]} seed{'s' * int(sizes[task] > 1)}")
-        low, high = curves[task].map(min).min(), curves[task].map(max).max()
+        low, high = min(map(min, curves[task])), max(map(max, curves[task]))
         margin = 0.05 * (high - low) or 1
         axis.set_ylim(low - margin, high + margin)
     figure.supylabel(" or ".join(sorted(set(runs.unit))))
     lines = seeds_note(runs, "thin", "band")
     title = f"{table.title}\noffline + online steps: {runs.label.iloc[0]}; {lines}"
-    return save(figure, title, path, handles | n_tau, columns=2 if len(panels) < 3 else 3)
+    return save(figure, title, path, handles | marks, columns={1: 2, 2: 2, 4: 3}.get(len(panels), 4))
 
 
 def draw_scores(table: Table, runs: pd.DataFrame, path: Path) -> Path:
@@ -593,7 +600,7 @@ def report(runs_folder: Path, out: Path) -> str:
     if runs.empty and not notes:
         bad_input(f"{runs_folder} holds no run: start one first, or write --runs, the folder of your runs")
     text = "# Report\n\nMean ± 95% interval over seeds (number of seeds), after the last online step; "
-    text += "the paper's is of 1,000,000 + 300,000 steps.\n"
+    text += f"the paper's is of {PAPER_STEPS} steps.\n"
     text += "IQM: interquartile mean over tasks and seeds (the first seeds of each task, as many as every task has in "
     text += "every column) [from three seeds on: stratified-bootstrap 95% interval].\n\n"
     if (about := runs_folder / "README.md").exists():

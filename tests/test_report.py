@@ -210,6 +210,21 @@ def test_curves_show_each_seed_and_span_the_seeds_alone_and_their_titles_fit(fig
         assert 0 < title.x0 < title.x1 < figures[name].bbox.x1 and title.y0 > panel.y1
 
 
+def test_curves_of_the_papers_length_end_beside_its_score(figures, tmp_path):
+    """A hollow marker each at the last step, within the panel; none beside shorter runs."""
+    for variant in ("td3", "td3_opt"):
+        write_run(tmp_path / "runs", variant, "hopper-random-v2", 0, [0, 10, 20])
+        write_run(tmp_path / "runs", variant, "hopper-random-v2", 0, [0, 10, 20], offline_steps=100_000)
+    make(tmp_path / "runs", tmp_path / "out")
+    full, short = (figures[f"table1-{offline}+300000-curves.png"] for offline in (1_000_000, 100_000))
+    hollow = [line for line in full.axes[0].lines if line.get_fillstyle() == "none"]
+    assert [line.get_xydata().tolist() for line in hollow] == [[[300, 86.0]], [[300, 108.7]]]  # Table 1
+    assert full.axes[0].get_ylim() == pytest.approx((-0.05 * 108.7, 1.05 * 108.7))
+    assert "hollow: the paper's final score" in [text.get_text() for text in full.legends[0].texts]
+    assert all(line.get_fillstyle() == "full" for line in short.axes[0].lines)
+    assert short.axes[0].get_ylim() == (-1, 21) and len(short.legends[0].texts) == 3
+
+
 def test_panels_of_other_numbers_of_seeds_name_theirs(runs, figures, tmp_path):
     make(runs, tmp_path / "out")
     panels = [axis.get_title() for axis in figures["table1-curves.png"].axes if axis.get_title()]
@@ -259,7 +274,10 @@ def test_a_method_has_the_same_style_in_all_figures(figures, tmp_path):
 
     def styles(name: str) -> dict[str, tuple]:
         axis, legend = figures[name].axes[0], figures[name].legends[0]
-        names = [text.get_text().split(" (")[0] for text in legend.texts if "N_tau" not in text.get_text()]
+        names = [
+            text.get_text().split(" (")[0]
+            for text in legend.texts[: -2 if "N_tau" in legend.texts[-1].get_text() else -1]
+        ]
         lines = [line for line in axis.lines if line.get_linewidth() == 1.3]
         return {n: (line.get_color(), line.get_marker()) for n, line in zip(names, lines, strict=True)}
 
