@@ -80,11 +80,11 @@ TOTALS = f"row table {STEPS} variant tasks total paper_total iqm iqm_low iqm_hig
 # Told apart in black and white by dashes and markers.
 COLORS = ("#000000", "#c04000", "#0060a8", "#808080", "#308040", "#b080c0")
 DASHES = ("-", "--", "-.", ":", (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
-STYLES = [{"color": c, "linestyle": d, "marker": m} for c, d, m in zip(COLORS, DASHES, "os^DvP", strict=True)]
+MARKERS = "os^DvP"
+STYLES = [{"color": c, "linestyle": d, "marker": m} for c, d, m in zip(COLORS, DASHES, MARKERS, strict=True)]
 SAME_IN_ALL = {"td3_opt": 0, "spot_opt": 0, "rlpd_opt": 0, "td3": 1, "spot": 1, "rlpd": 1, "iql_opt": 2, "iql": 3}
 BAND_SEEDS = 5  # fewer seeds' intervals would be all of the panel
 STAND_IN = " (stand-in)"
-PAPER_STEPS = "1,000,000 + 300,000"
 NONE = math.nan, math.nan  # where the paper has no score and interval
 LANDMARK = {"color": "#404040", "linestyle": (0, (1, 2)), "linewidth": 0.9}
 
@@ -124,6 +124,11 @@ class Steps(NamedTuple):
         n_pretrain = own["n_pretrain"] if opt and args["q_on_init"] != "random" else None
         online, n_tau = args["online_steps"] - n_tau + N_TAU, own["n_tau"] if opt else None
         return cls(offline, own["vae_steps"], online, n_tau, n_pretrain, own["utd"])
+
+    def are_the_papers(self) -> bool:
+        others = self.vae, self.n_tau, self.n_pretrain, self.utd
+        own = any(isinstance(number, int) for number in others)
+        return (self.offline or 1_000_000, self.online) == (1_000_000, 300_000) and not own
 
     def has_place_for(self, run: "Steps") -> bool:
         return all(its is None or its == mine for mine, its in zip(self, run, strict=True))
@@ -415,7 +420,7 @@ def styled_columns(table: Table, runs: pd.DataFrame) -> Iterator[tuple[str, dict
         again, place = divmod(others.index(variant), len(free)) if variant in others else (0, 0)
         style = STYLES[SAME_IN_ALL.get(variant, free[place])]
         if again:  # more columns than styles
-            style = style | {"linestyle": DASHES[(DASHES.index(style["linestyle"]) + again) % len(DASHES)]}
+            style = style | {"marker": MARKERS[(MARKERS.index(style["marker"]) + again) % len(MARKERS)]}
         yield variant, style, f"{table.headings[variant]} ({seeds} seed{'s' * (seeds != '1')})", column
 
 
@@ -447,7 +452,7 @@ def draw_curves(table: Table, runs: pd.DataFrame, path: Path) -> Path:
             mean, band = common.mean(axis=1), common.apply(half_interval, axis=1).fillna(0) * (len(seeds) >= BAND_SEEDS)
             handles[label] = draw_line(axis, mean, mean - band, mean + band, style)
             paper = pd.Series([table.paper[variant, task][0]], mean.index[-1:])
-            if runs.label.iloc[0] == PAPER_STEPS and paper.notna().all():
+            if seeds.steps.iloc[0].are_the_papers() and paper.notna().all():
                 hollow = style | {"linestyle": "", "fillstyle": "none", "markersize": 8, "clip_on": False}
                 marks["hollow: the paper's final score"] = axis.plot(paper.index / 1000, paper, **hollow)[0]
                 curves[task].append(paper)
@@ -464,7 +469,7 @@ def draw_curves(table: Table, runs: pd.DataFrame, path: Path) -> Path:
     figure.supylabel(" or ".join(sorted(set(runs.unit))))
     lines = seeds_note(runs, "thin", "band")
     title = f"{table.title}\noffline + online steps: {runs.label.iloc[0]}; {lines}"
-    return save(figure, title, path, handles | marks, columns={1: 2, 2: 2, 4: 3}.get(len(panels), 4))
+    return save(figure, title, path, handles | marks, columns=2 if len(panels) < 3 else 3)
 
 
 def draw_scores(table: Table, runs: pd.DataFrame, path: Path) -> Path:
@@ -600,7 +605,7 @@ def report(runs_folder: Path, out: Path) -> str:
     if runs.empty and not notes:
         bad_input(f"{runs_folder} holds no run: start one first, or write --runs, the folder of your runs")
     text = "# Report\n\nMean ± 95% interval over seeds (number of seeds), after the last online step; "
-    text += f"the paper's is of {PAPER_STEPS} steps.\n"
+    text += "the paper's is of 1,000,000 + 300,000 steps.\n"
     text += "IQM: interquartile mean over tasks and seeds (the first seeds of each task, as many as every task has in "
     text += "every column) [from three seeds on: stratified-bootstrap 95% interval].\n\n"
     if (about := runs_folder / "README.md").exists():

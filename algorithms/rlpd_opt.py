@@ -1262,7 +1262,7 @@ class Run:
         self.tracker = self.writer = None
         self.products = ""  # which library multiplies matrices, "bf16" or "ieee" (see tune): a resumed run has the same
         checkpoint, self.state = self.folder / "checkpoint.pt", {}
-        written = os.stat(checkpoint).st_mtime_ns if os.path.exists(checkpoint) else 0
+        written = [os.stat(checkpoint).st_mtime_ns] if os.path.exists(checkpoint) else []
         free = args.resume or not (written or os.path.exists(self.folder / "evals.csv"))  # its first row
         advice = "write --resume to go on with it, or another --run-dir or --exp-name"
         require(free, f"{self.folder} holds a run already: {advice}")
@@ -1290,8 +1290,9 @@ class Run:
             raise BadInput(f"another process runs in {self.folder}: wait for it, or write another --run-dir") from None
         except OSError:  # some file systems of clusters have no locks
             pass
-        now = os.stat(checkpoint).st_mtime_ns if checkpoint.exists() else 0
-        require(now == written, f"another process has just written {checkpoint}: start again")
+        if written != ([os.stat(checkpoint).st_mtime_ns] if checkpoint.exists() else []):
+            self.lock.close()
+            raise BadInput(f"another process has just written {checkpoint}: start again")
 
     def load_data(self, reward_transform: Callable[[str, Transitions], tuple[float, float]]) -> Transitions:
         """The dataset as the agent sees it, rewards scaled and shifted by `reward_transform(env_id, dataset)`, states

@@ -28,14 +28,15 @@ script.train(script.parse_args())
 """
 
 
-# Importing PyTorch takes most of a short run's time: here processes are forked from one that has. tests/conftest.py's
-# `start` and `run` are what a user types.
+# Importing PyTorch takes most of a short run's time: here processes are forked from one that has (on macOS such forks
+# may crash). tests/conftest.py's `start` and `run` are what a user types.
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["torch._dynamo", "torch.utils.tensorboard"])
+if sys.platform == "linux":
+    FORKED.set_forkserver_preload(["torch._dynamo", "torch.utils.tensorboard"])
 
 
 def become(arguments: list[str], environment: dict[str, str], out: str, err: str) -> None:
-    """In a new process: what `python` does with these arguments."""
+    """In a new process: run a file, or code after -c, as `python` would."""
     for stream, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY), stream)
     os.environ.clear()
@@ -58,8 +59,9 @@ def run_script(script: str, home: Path, *arguments, code: str | None = None) -> 
         process = FORKED.Process(target=become, args=(command, environment, out.name, err.name))
         process.start()
         process.join(600)
-        process.kill()
-        process.join()
+        if process.is_alive():
+            process.kill()
+            raise TimeoutError(f"{command} did not end")
         return subprocess.CompletedProcess(command, process.exitcode, out.read(), err.read())
 
 

@@ -124,7 +124,7 @@ def test_a_folder_in_use_is_refused(home, pendulum_file, tmp_path):
     assert run_script("td3_opt", home, *arguments, "--resume").returncode == 0
 
 
-def test_a_checkpoint_that_another_process_writes_meanwhile(pendulum_file, tmp_path, monkeypatch):
+def test_a_checkpoint_that_another_process_writes_meanwhile(pendulum_file, tmp_path, monkeypatch, capsys):
     """Between the reading of a checkpoint and the lock the process before may have written its last one."""
     args = Args(**TINY, dataset=str(pendulum_file), run_dir=str(tmp_path / "run"), resume=True)
     checkpoint, flock = tmp_path / "run" / "checkpoint.pt", fcntl.flock
@@ -139,10 +139,17 @@ def test_a_checkpoint_that_another_process_writes_meanwhile(pendulum_file, tmp_p
             td3_opt.train(args)  # its first
     checkpoint.unlink()
     td3_opt.train(args)
+    os.utime(checkpoint, (0, 0))  # as some archives leave it
+    saved = checkpoint.read_bytes()
+    td3_opt.train(args)
+    assert "is complete" in capsys.readouterr().out and checkpoint.read_bytes() == saved
     with monkeypatch.context() as patch:
         patch.setattr(fcntl, "flock", wait_for_the_other)
-        with pytest.raises(td3_opt.BadInput, match="start again"):
+        with pytest.raises(td3_opt.BadInput, match="start again") as refusal:
             td3_opt.train(args)
+    checkpoint.write_bytes(saved)
+    td3_opt.train(args)  # the lock is free, although the error is kept
+    assert "start again" in str(refusal.value)
 
 
 def test_an_environment_that_does_not_repeat_itself_is_named_on_resuming(pendulum_file, tmp_path, monkeypatch, capsys):
@@ -223,6 +230,20 @@ def test_curves_by_environment_steps_survive_resuming(home, pendulum_file, tmp_p
     assert before and all(0 < step <= 46 for step in before)
     assert run_script("td3_opt", home, *arguments, "--resume").returncode == 0
     assert points()[: len(before)] == before
+
+
+def test_a_resumed_run_has_each_point_of_its_curves_once(home, pendulum_file, tmp_path):
+    """Killed two evaluations after its newest checkpoint."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    arguments = (*FLAGS, "--dataset", pendulum_file, "--run-dir", tmp_path / "run", "--checkpoint-freq", 25)
+    arguments += ("--offline-steps", 60, "--eval-freq", 10)
+    assert run_killed_at("td3_opt", "offline", 45, "SIGKILL", home, *arguments).returncode == -signal.SIGKILL
+    assert run_script("td3_opt", home, *arguments, "--resume").returncode == 0
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    steps = [int(row["gradient_steps"]) for row in rows(tmp_path / "run")]
+    assert [event.step for event in events.Scalars("eval/return_mean")] == steps and steps[:7] == [*range(0, 70, 10)]
 
 
 def test_nohup_is_respected(home, pendulum_file, tmp_path):

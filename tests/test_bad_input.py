@@ -77,7 +77,8 @@ def test_data_that_is_nowhere(refused, monkeypatch):
                 connection.recv(10_000)
                 connection.sendall(b"no HTTP\r\n")
 
-        thread = threading.Thread(target=answer)
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        thread = threading.Thread(target=answer, daemon=True)
         thread.start()
         monkeypatch.setattr(td3_opt, "D4RL_URL", f"http://127.0.0.1:{server.getsockname()[1]}/")
         refused("hopper_medium-v2.hdf5", "BadStatusLine", "--dataset", env_id="hopper-medium-v2")

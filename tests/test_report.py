@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -215,7 +216,12 @@ def test_curves_of_the_papers_length_end_beside_its_score(figures, tmp_path):
     for variant in ("td3", "td3_opt"):
         write_run(tmp_path / "runs", variant, "hopper-random-v2", 0, [0, 10, 20])
         write_run(tmp_path / "runs", variant, "hopper-random-v2", 0, [0, 10, 20], offline_steps=100_000)
+    shorter = {"n_tau": 6_250, "n_pretrain": 12_500, "online_steps": 281_250}  # as many after N_tau
+    write_run(tmp_path / "runs", "td3_opt_n_tau_6250", "hopper-random-v2", 0, [0, 10, 20], **shorter)
     make(tmp_path / "runs", tmp_path / "out")
+    (ablation,) = (figure for name, figure in figures.items() if re.match("ablation-n-tau.*curves.png", name))
+    ends = [line.get_xdata()[0] for line in ablation.axes[0].lines if line.get_fillstyle() == "none"]
+    assert sorted(ends) == [281.25, 300]
     full, short = (figures[f"table1-{offline}+300000-curves.png"] for offline in (1_000_000, 100_000))
     hollow = [line for line in full.axes[0].lines if line.get_fillstyle() == "none"]
     assert [line.get_xydata().tolist() for line in hollow] == [[[300, 86.0]], [[300, 108.7]]]  # Table 1
@@ -274,10 +280,8 @@ def test_a_method_has_the_same_style_in_all_figures(figures, tmp_path):
 
     def styles(name: str) -> dict[str, tuple]:
         axis, legend = figures[name].axes[0], figures[name].legends[0]
-        names = [
-            text.get_text().split(" (")[0]
-            for text in legend.texts[: -2 if "N_tau" in legend.texts[-1].get_text() else -1]
-        ]
+        names = [text.get_text().split(" (")[0] for text in legend.texts]
+        names = [name for name in names if not name.startswith(("hollow", "N_tau"))]
         lines = [line for line in axis.lines if line.get_linewidth() == 1.3]
         return {n: (line.get_color(), line.get_marker()) for n, line in zip(names, lines, strict=True)}
 
@@ -294,10 +298,9 @@ def test_any_number_of_own_variants_are_told_apart(figures, tmp_path):
     for number in range(14):
         write_run(tmp_path / "runs", f"mine_{number}", "hopper-random-v2", 0, [0, 1, 2])
     make(tmp_path / "runs", tmp_path / "out")
-    (name,) = (name for name in figures if name.endswith("-curves.png"))
-    lines = [line for line in figures[name].axes[0].lines if line.get_linewidth() == 1.3]
-    looks = {(line.get_color(), str(line._unscaled_dash_pattern), line.get_marker()) for line in lines}
-    assert len(looks) == len(lines) == 14
+    for kind in ("curves", "scores"):
+        (legend,) = figures[f"others-{kind}.png"].legends
+        assert len({(line.get_color(), line.get_marker()) for line in legend.get_lines()}) == len(legend.texts) == 14
 
 
 def test_a_stand_in_has_rows_of_its_own_and_no_number_of_the_paper_beside_it(figures, tmp_path):

@@ -1,4 +1,4 @@
-"""Whole runs, as a user starts them: they learn, repeat themselves, survive being killed, leave what they promise."""
+"""Whole runs, each in its own process: they learn, repeat themselves, survive being killed, leave what they promise."""
 
 import contextlib
 import fcntl
@@ -187,7 +187,7 @@ def test_a_killed_run_resumes_bit_for_bit(whole, home, pendulum_file, tmp_path, 
 @pytest.mark.parametrize(
     "variant",
     [("--no-opt",), ("--no-q-on",), ("--kappa-init", 1, "--kappa-end", 1, "--replay", "symmetric")]
-    + [("--compile", "--no-opt", "--policy-frequency", 1)],  # two steps to compile
+    + [("--compile", "--q-on-init", "random", "--replay", "uniform", "--policy-frequency", 1)],  # two steps to compile
     ids=str,
 )
 def test_other_variants_resume_bit_for_bit_too(home, pendulum_file, tmp_path, variant):
