@@ -126,9 +126,8 @@ class Steps(NamedTuple):
         return cls(offline, own["vae_steps"], online, n_tau, n_pretrain, own["utd"])
 
     def are_the_papers(self) -> bool:
-        others = self.vae, self.n_tau, self.n_pretrain, self.utd
-        own = any(isinstance(number, int) for number in others)
-        return (self.offline or 1_000_000, self.online) == (1_000_000, 300_000) and not own
+        own = any(isinstance(number, int) for number in (self.vae, self.n_tau, self.n_pretrain, self.utd))
+        return self.offline in (None, 1_000_000) and self.online == 300_000 and not own
 
     def has_place_for(self, run: "Steps") -> bool:
         return all(its is None or its == mine for mine, its in zip(self, run, strict=True))

@@ -215,20 +215,22 @@ def test_curves_of_the_papers_length_end_beside_its_score(figures, tmp_path):
     """A hollow marker each at the last step, within the panel; none beside shorter runs."""
     for variant in ("td3", "td3_opt"):
         write_run(tmp_path / "runs", variant, "hopper-random-v2", 0, [0, 10, 20])
-        write_run(tmp_path / "runs", variant, "hopper-random-v2", 0, [0, 10, 20], offline_steps=100_000)
+        for offline in (0, 100_000):
+            write_run(tmp_path / "runs", variant, "hopper-random-v2", 0, [0, 10, 20], offline_steps=offline)
     shorter = {"n_tau": 6_250, "n_pretrain": 12_500, "online_steps": 281_250}  # as many after N_tau
     write_run(tmp_path / "runs", "td3_opt_n_tau_6250", "hopper-random-v2", 0, [0, 10, 20], **shorter)
     make(tmp_path / "runs", tmp_path / "out")
     (ablation,) = (figure for name, figure in figures.items() if re.match("ablation-n-tau.*curves.png", name))
     ends = [line.get_xdata()[0] for line in ablation.axes[0].lines if line.get_fillstyle() == "none"]
     assert sorted(ends) == [281.25, 300]
-    full, short = (figures[f"table1-{offline}+300000-curves.png"] for offline in (1_000_000, 100_000))
+    full, *others = (figures[f"table1-{offline}+300000-curves.png"] for offline in (1_000_000, 100_000, 0))
     hollow = [line for line in full.axes[0].lines if line.get_fillstyle() == "none"]
     assert [line.get_xydata().tolist() for line in hollow] == [[[300, 86.0]], [[300, 108.7]]]  # Table 1
     assert full.axes[0].get_ylim() == pytest.approx((-0.05 * 108.7, 1.05 * 108.7))
     assert "hollow: the paper's final score" in [text.get_text() for text in full.legends[0].texts]
-    assert all(line.get_fillstyle() == "full" for line in short.axes[0].lines)
-    assert short.axes[0].get_ylim() == (-1, 21) and len(short.legends[0].texts) == 3
+    for other in others:
+        assert all(line.get_fillstyle() == "full" for line in other.axes[0].lines)
+        assert other.axes[0].get_ylim() == (-1, 21) and len(other.legends[0].texts) == 3
 
 
 def test_panels_of_other_numbers_of_seeds_name_theirs(runs, figures, tmp_path):
