@@ -1348,6 +1348,11 @@ def accelerate(compiled: bool) -> Callable[[Callable[..., dict]], Callable[..., 
             detached.__code__ = detached.__code__.replace()  # its own: at most 8 versions of a code are compiled
             options = {"fallback_random": True, "compile_threads": 1}  # eager code's random numbers; no other process
             options["loop_ordering_after_fusion"] = False  # fails on CUDA in PyTorch 2.11
+            # Of some 700 conditions checked before each step, keep those on values that Python code may change.
+            options["guard_filter_fn"] = lambda guards: [
+                isinstance(g.value, int | float | str | list | tuple | None) or g.guard_type == "SHAPE_ENV"
+                for g in guards
+            ]
             detached = torch.compile(detached, fullgraph=True, options=options)
         eager_steps, graphs = {}, {}
 

@@ -147,6 +147,44 @@ def test_a_compiled_step_is_the_plain_one(script, phase, variant, monkeypatch):
         assert b == pytest.approx(a, rel=tolerance, abs=1e-9)
 
 
+CHANGES = {
+    "a count": lambda state: setattr(state, "count", state.count + 1),
+    "a number": lambda state: setattr(state, "scale", state.scale / 2),
+    "a word": lambda state: setattr(state, "mode", "max"),
+    "a longer list": lambda state: state.weights.append(2.0),
+    "no longer None": lambda state: setattr(state, "limit", 0.1),
+    "a tensor": lambda state: setattr(state, "tensor", state.tensor + 1),
+    "a network": lambda state: setattr(state, "network", torch.nn.Linear(4, 4)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_compiled_step_sees_what_python_changes(change):
+    """Few of the conditions that PyTorch sets a compiled step are checked: enough for all that is changed here."""
+
+    def losses(compiled: bool) -> list[float]:
+        torch.manual_seed(2)
+        state = types.SimpleNamespace(count=0, scale=1.0, mode="sum", weights=[1.0], limit=None)
+        state.tensor, state.network = torch.ones(4), torch.nn.Linear(4, 4)
+
+        @td3_opt.accelerate(compiled)
+        def update() -> dict:
+            y = (state.network(state.tensor) * sum(state.weights)).square()
+            y = y.sum() if state.mode == "sum" else y.amax()
+            y = -y if state.count > 2 and state.count % 2 else y
+            return {"loss": y * state.scale if state.limit is None else y.clamp(max=state.limit)}
+
+        found = []
+        for i in range(6):
+            found.append(float(update()["loss"]))
+            if i or change is CHANGES["a count"]:
+                change(state)
+        return found
+
+    plain = losses(False)
+    assert losses(True) == pytest.approx(plain, rel=1e-5) and len(set(plain)) > 1
+
+
 @SCRIPTS
 def test_long_runs_are_compiled_where_that_works(script, monkeypatch, capsys):
     first = {"n_tau": 100, "collect_steps": 100}
