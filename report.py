@@ -12,10 +12,12 @@ used is listed at the end. A README.md beside the runs heads the report.
 """
 
 import argparse
+import glob
 import importlib
 import io
 import json
 import math
+import os
 import re
 import sys
 import textwrap
@@ -569,7 +571,8 @@ def critic_values(of: tuple, states: torch.Tensor, actions: torch.Tensor | None 
 @torch.no_grad()
 def estimation_bias(folder: Path, reference: tuple) -> pd.DataFrame:
     """Q of 10 fixed (initial state, reference's action) pairs minus the reference's own: a row a snapshot and pair."""
-    files = [re.fullmatch(rf"({'|'.join(PHASES)})-(\d+)-(\d+)", path.stem) for path in folder.glob("snapshots/*.pt")]
+    names = [Path(name).stem for name in glob.glob("snapshots/*.pt", root_dir=folder)]
+    files = [re.fullmatch(rf"({'|'.join(PHASES)})-(\d+)-(\d+)", name) for name in names]
     bias, snapshots = {}, [(PHASES.index(file[1]), int(file[2]), int(file[3]), file[0]) for file in files if file]
     if not snapshots:
         bad_input(f"{folder} has no snapshots: run it with --snapshots")
@@ -598,7 +601,7 @@ def estimation_bias(folder: Path, reference: tuple) -> pd.DataFrame:
 def report(runs_folder: Path, out: Path) -> str:
     """Write tables and figures to `out`; returns the Markdown."""
     notes = []
-    if not runs_folder.is_dir():
+    if not os.path.isdir(runs_folder):  # Path's methods fail on a name too long for a file
         bad_input(f"{runs_folder} is no folder: write --runs, the folder of your runs")
     runs = read_runs(runs_folder, notes)
     if runs.empty and not notes:
@@ -657,7 +660,7 @@ def main() -> None:
     elif args.what == "tsne":
         written = draw_tsne(args.folders[0], args.out / f"tsne-{args.folders[0].resolve().name}.png")
     else:
-        path = args.reference / "model.pt" if args.reference.is_dir() else args.reference
+        path = args.reference / "model.pt" if os.path.isdir(args.reference) else args.reference
         reference = load_agent(path, "write another --reference, a near-optimal run's model.pt")
         if len({folder.resolve().name for folder in args.folders}) < len(args.folders):
             bad_input("two of these folders have one name, by which the panels are told apart: rename one")

@@ -715,6 +715,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys, monkeypatch):
     cases = {
         "": "runs is no folder",
         "histogram": "invalid choice",
+        f"--runs {'a' * 300}": "aaa is no folder",
         "--runs empty/snapshots": "empty/snapshots holds no run: start one first",
         "tsne": "or tsne RUN",
         "tsne a b": "or tsne RUN",
@@ -724,6 +725,8 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys, monkeypatch):
         "tsne runs/none": "none/model.pt cannot be read (FileNotFoundError)",
         "tsne .": "which has states",
         "bias run --reference none.pt": "none.pt cannot be read (FileNotFoundError): write another --reference",
+        f"bias run --reference {'a' * 300}": "cannot be read (OSError): write another --reference",
+        f"bias {'a' * 300} --reference model.pt": "aaa has no snapshots",
         "bias run --reference damaged.pt": "damaged.pt cannot be read",
         "bias run --reference old.pt": "which has script and args",
         "bias run --reference lost.pt": "does not fit",
