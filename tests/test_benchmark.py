@@ -346,7 +346,7 @@ def start_table(folder: Path, options: str, environment: dict[str, str], **how) 
     )
 
 
-def wait_for(condition, seconds: float = 60) -> None:
+def wait_for(condition, seconds: float = 300) -> None:
     deadline = time.time() + seconds
     while not condition():
         assert time.time() < deadline
