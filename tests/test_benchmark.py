@@ -346,8 +346,8 @@ def start_table(folder: Path, options: str, environment: dict[str, str], **how) 
     )
 
 
-def wait_for(condition, seconds: float = 300) -> None:
-    deadline = time.time() + seconds
+def wait_for(condition) -> None:
+    deadline = time.time() + 300
     while not condition():
         assert time.time() < deadline
         time.sleep(0.05)
