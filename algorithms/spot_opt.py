@@ -1224,7 +1224,7 @@ def choose_compile(args: Args) -> bool:
         return False
     try:
         if args.compile is not False:
-            torch.compile(torch.sin, options={"compile_threads": 1})(torch.ones(9, device=args.device))
+            torch.compile(torch.sin, options=COMPILER)(torch.ones(9, device=args.device))
     except Exception as error:  # no compiler, a broken one, no Python.h
         require(not args.compile, f"--compile fails here ({one_line(error)}): mend that, or write --no-compile")
         print(f"{PROGRAM}: torch.compile fails here ({one_line(error)}): slower, without it", file=sys.stderr)
@@ -1613,6 +1613,9 @@ def tune(run: Run) -> None:
     settings.fp32_precision = run.products
 
 
+COMPILER = {"compile_threads": 1, "cpp_wrapper": not torch.cuda.is_available()}  # no other process; all in C++
+
+
 def accelerate(compiled: bool) -> Callable[[Callable[..., dict]], Callable[..., dict]]:
     """Decorates a gradient step: `compiled` or as it is; on CUDA replayed as a CUDA graph, one for each argument."""
 
@@ -1623,7 +1626,7 @@ def accelerate(compiled: bool) -> Callable[[Callable[..., dict]], Callable[..., 
         if compiled:
             torch._dynamo.config.trace_autograd_ops = True
             detached.__code__ = detached.__code__.replace()  # its own: at most 8 versions of a code are compiled
-            options = {"fallback_random": True, "compile_threads": 1}  # eager code's random numbers; no other process
+            options = COMPILER | {"fallback_random": True}  # eager code's random numbers
             options["loop_ordering_after_fusion"] = False  # fails on CUDA in PyTorch 2.11
             # Of some 700 conditions checked before each step, keep those on values that Python code may change.
             options["guard_filter_fn"] = lambda guards: [
