@@ -634,7 +634,7 @@ def online_pretrain(args: Args, run: Run, agent: Agent, buffer: ReplayBuffer) ->
         soft_update(q_target, values.q, args.tau)
         return {f"q_{name}_pretrain_loss": loss}
 
-    steps = 0 if args.q_on_init == "random" else args.n_pretrain
+    steps = 0 if args.q_on_init == "random" else args.n_pretrain  # random: N_tau is collected all the same [choice]
     for _ in run.loop("online_pretrain", steps, gradient=1, scores="end"):
         run.metrics |= update()
 

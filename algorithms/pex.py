@@ -15,7 +15,7 @@ same text in every script: replay buffer, tasks and data, the run's folder.
 
 Offline, IQL (Kostrikov et al. 2022) trains Q, V and a policy pi_1. Online, pi_1 is frozen and a new policy pi_2 learns
 beside it: in every state one of their two actions is drawn, the better one more often. Constants and the order of
-updates are those of PEX's code, the lengths of the phases those of the OPT paper, evaluations as in CORL. A line
+updates are those of PEX's code, the lengths of the phases those of the OPT paper, evaluations as many as CORL's. A line
 marked [choice] decides something on which PEX is silent, or differs from its code.
 """
 

@@ -102,7 +102,7 @@ class Args:
     kl_weight: float = 0.5  # weight of the KL divergence in the VAE's loss (beta)
     lambda_init: float | None = None  # weight of the support constraint offline; None: 1, AntMaze 0.025 to 0.25 (SPOT)
     lambda_decay: int = 1_000_000  # environment steps after which cooling would reach 0 (SPOT's code, CORL's configs)
-    lambda_end: float | None = None  # least share of lambda_init that cooling leaves; None: 0.2 on AntMaze, else 0.5
+    lambda_end: float | None = None  # least share of lambda_init that cooling leaves; None: AntMaze 0.2, else 0.5
     layer_norm: bool | None = None  # LayerNorm in actor and critics; None: on Adroit
     gamma: float = 0.99  # discount offline
     online_gamma: float | None = None  # discount online, online pre-training too; None: 0.995 on AntMaze, else gamma
@@ -630,11 +630,11 @@ def online_pretrain(args: Args, run: Run, agent: Agent, buffer: ReplayBuffer) ->
             if args.q_on_init == "joint":
                 loss = loss + td_loss(critic(offline.observations, offline.actions), offline_target)  # Eq. 10
         minimize(loss, optimizer)
-        if update_target:
+        if update_target:  # every second step, as TD3's [choice]
             soft_update(critic_target, critic, args.tau)
         return {f"{name}_pretrain_loss": loss}
 
-    steps = 0 if args.q_on_init == "random" else args.n_pretrain
+    steps = 0 if args.q_on_init == "random" else args.n_pretrain  # random: N_tau is collected all the same [choice]
     for step in run.loop("online_pretrain", steps, gradient=1, scores="end"):
         run.metrics |= update((step + 1) % args.policy_frequency == 0)
 

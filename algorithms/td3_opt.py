@@ -519,11 +519,11 @@ def online_pretrain(args: Args, run: Run, agent: Agent, buffer: ReplayBuffer) ->
             if args.q_on_init == "joint":
                 loss = loss + td_loss(critic(offline.observations, offline.actions), offline_target)  # Eq. 10
         minimize(loss, optimizer)
-        if update_target:
+        if update_target:  # every second step, as TD3's [choice]
             soft_update(critic_target, critic, args.tau)
         return {f"{name}_pretrain_loss": loss}
 
-    steps = 0 if args.q_on_init == "random" else args.n_pretrain
+    steps = 0 if args.q_on_init == "random" else args.n_pretrain  # random: N_tau is collected all the same [choice]
     for step in run.loop("online_pretrain", steps, gradient=1, scores="end"):
         run.metrics |= update((step + 1) % args.policy_frequency == 0)
 
