@@ -299,10 +299,11 @@ def iqm_and_interval(scores: np.ndarray) -> tuple[float, float, float]:
     """Interquartile mean of scores [seeds, tasks] and its stratified-bootstrap 95% interval (rliable)."""
     from rliable import library, metrics
 
+    if len(scores) < 3:  # of two seeds of a task the bootstrap gives the smaller and the larger score
+        return metrics.aggregate_iqm(scores), math.nan, math.nan
     np.random.seed(0)  # rliable draws from numpy's global generator
     points, intervals = library.get_interval_estimates({"": scores}, metrics.aggregate_iqm, reps=2_000)
-    # Of two seeds of a task the bootstrap gives the smaller and the larger score
-    return points[""], *(intervals[""][:, 0] if len(scores) > 2 else (math.nan, math.nan))
+    return points[""], *intervals[""][:, 0]
 
 
 def summarize(table: Table) -> tuple[pd.DataFrame, pd.DataFrame]:

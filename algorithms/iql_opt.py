@@ -958,8 +958,7 @@ def random_chunk(env_id: str, seed: int, steps: int) -> list[np.ndarray]:
 
 
 def end_with_parent() -> None:
-    """In a worker: leave Ctrl-C to the parent, and end when that ends, however it does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """In a worker: end when the parent ends, however it does."""
     watch = threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True)
     watch.start()
 
@@ -976,7 +975,9 @@ def regenerate_random(env_id: str, path: Path, progress: bool = True, seed: int 
     bar = {"total": len(sizes), "unit": "step", "disable": not progress or None}
     try:
         with ProcessPoolExecutor(workers, spawn, initializer=end_with_parent) as pool:
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # in the workers for good: Ctrl-C is ours
             chunks = pool.map(random_chunk, [env_id] * len(sizes), seeds, sizes)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             chunks = list(tqdm(chunks, f"regenerating {env_id}", unit_scale=RANDOM_CHUNK, **bar))
     except BrokenProcessPool:
         what = "a process that regenerates it ended: too little memory, or a script that calls train without"

@@ -262,21 +262,24 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in found.split()]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=str)
-def test_processes_that_regenerate_data_end_with_their_parent(number, home, tmp_path):
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGKILL, -9)], ids=str)
+def test_processes_that_regenerate_data_end_with_their_parent(number, status, home, tmp_path):
+    """Ctrl-C reaches all of them, and says nothing."""
     command = [sys.executable, ROOT / "algorithms" / "td3_opt.py", "--env-id", "hopper-random-v2", "--run-dir"]
     environment = os.environ | {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    process = subprocess.Popen([*command, tmp_path / "run"], env=environment, stderr=subprocess.DEVNULL)
+    command = [*command, tmp_path / "run"]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 120
     while len(workers := children(process.pid)) < 2 and time.monotonic() < deadline:
         time.sleep(0.5)
-    time.sleep(5)
-    workers = children(process.pid)
-    process.send_signal(number)
-    process.wait(timeout=60)
+    time.sleep(5 if number == signal.SIGKILL else 1)  # in a step, and while they still import
+    workers, deadline = children(process.pid), time.monotonic() + 120
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+    errors = process.communicate(timeout=60)[1]
     while any(os.path.exists(f"/proc/{pid}") for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.5)
     assert len(workers) >= 2 and not any(os.path.exists(f"/proc/{pid}") for pid in workers)
+    assert process.returncode == status and "Traceback" not in errors, errors
 
 
 def test_a_script_without_a_main_guard_is_told_so(home, tmp_path):
@@ -309,8 +312,10 @@ def test_a_terminal_that_is_closed(pendulum_file, home, tmp_path):
         os.environ |= {"HOME": str(home), "OMP_NUM_THREADS": "1"}
         os.execv(sys.executable, list(map(str, command)))
     os.set_blocking(terminal, False)
+    deadline = time.monotonic() + 300
     while not (tmp_path / "run" / "offline.pt").exists():
-        with contextlib.suppress(BlockingIOError):
+        assert time.monotonic() < deadline
+        with contextlib.suppress(BlockingIOError, OSError):
             os.read(terminal, 10_000)
         time.sleep(0.05)
     os.close(terminal)
@@ -328,7 +333,7 @@ def test_what_train_gives_back(pendulum_file, tmp_path, capsys):
     assert lines[0].startswith(
         f"td3_opt.py: {tmp_path / 'run'}: 5,000 transitions from {pendulum_file}; 6 + 60 steps on cpu"
     )
-    assert lines[-2].startswith(f"{tmp_path / 'run'}: score {first.score:.1f}, after 0 min")
+    assert lines[-2].startswith(f"{tmp_path / 'run'}: score {first.score:.1f}, after ")
     arguments |= dict(run_dir=str(tmp_path / "b"), save_model=False)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "events.out.tfevents.another's").touch()  # in a fresh run's folder it stays
@@ -352,6 +357,68 @@ def test_an_evaluation_with_random_numbers_leaves_those_of_training_alone(pendul
     assert len(set(drawn)) == 1 and len(drawn) > 8 and same_weights(tmp_path / "0", tmp_path / "20")
 
 
+class Counting:
+    """The nth episode has n steps of reward n."""
+
+    def __init__(self):
+        self.seeds = []
+
+    def reset(self, seed):
+        self.seeds.append(seed)
+        self.steps = 0
+        return np.zeros(4, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        n = len(self.seeds)
+        return np.zeros(4, np.float32), float(n), self.steps == n, False, {}
+
+
+STILL = type("Still", (), {"refresh": lambda self: None, "__call__": lambda self, observation: observation})()
+
+
+def test_an_evaluation_by_hand():
+    """Returns 1, 4, 9; seeds that no training episode has, the same ones in each evaluation of a run."""
+    env = Counting()
+    row = td3_opt.evaluate(STILL, env, "Counting-v0", 3, 7)
+    assert env.seeds == [1_000_007, 1_000_008, 1_000_009]
+    assert (row["return_mean"], row["length_mean"], row["success_rate"]) == (4.6667, 2.0, "")
+    assert row["return_std"] == round(((11 / 3) ** 2 + (2 / 3) ** 2 + (13 / 3) ** 2) ** 0.5 / 3**0.5, 4)
+
+
+def test_without_checkpoints_there_is_the_last_one(pendulum_file, tmp_path, monkeypatch):
+    saved, save_checkpoint = [], td3_opt.Run.save_checkpoint
+    monkeypatch.setattr(td3_opt.Run, "save_checkpoint", lambda run: (saved.append(run.phase), save_checkpoint(run)))
+    td3_opt.train(Args(**TINY, dataset=str(pendulum_file), run_dir=str(tmp_path / "run"), checkpoint_freq=0))
+    assert saved == ["done"]
+
+
+def test_a_second_ctrl_c_does_not_wait_for_a_checkpoint(pendulum_file, tmp_path, monkeypatch):
+    loop, steps = td3_opt.Run.loop, []
+
+    def twice(run, phase, *args, **kwargs):
+        for step in loop(run, phase, *args, **kwargs):
+            steps.append(step)
+            for _ in range(2 if step == 3 else 0):
+                signal.raise_signal(signal.SIGINT)
+            yield step
+
+    monkeypatch.setattr(td3_opt.Run, "loop", twice)
+    with pytest.raises(SystemExit) as end:
+        td3_opt.train(Args(**TINY, dataset=str(pendulum_file), run_dir=str(tmp_path / "run")))
+    assert end.value.code == 130 and steps == [0, 1, 2, 3] and not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_an_environment_of_ones_own_is_registered_on_import(pendulum_file, tmp_path, monkeypatch):
+    text = "import gymnasium\nfrom gymnasium.envs.mujoco.inverted_pendulum_v5 import InvertedPendulumEnv\n"
+    text += "gymnasium.register('Own-v0', InvertedPendulumEnv, max_episode_steps=20)\n"
+    (tmp_path / "own_package").mkdir()
+    (tmp_path / "own_package" / "envs.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    arguments = TINY | dict(env_id="own_package.envs:Own-v0", dataset=str(pendulum_file))
+    assert 1 <= td3_opt.train(Args(**arguments, run_dir=str(tmp_path / "run"))).score <= 20
+
+
 class Endless:
     """An environment without a time limit, for one evaluation."""
 
@@ -369,7 +436,6 @@ class Endless:
 def test_an_episode_that_does_not_end_is_named(last, said, capsys):
     env = Endless()
     env.last = last
-    policy = type("Still", (), {"refresh": lambda self: None, "__call__": lambda self, observation: observation})()
-    assert td3_opt.evaluate(policy, env, "Endless-v0", 1, 0)["length_mean"] == last
+    assert td3_opt.evaluate(STILL, env, "Endless-v0", 1, 0)["length_mean"] == last
     message = "warning: an evaluation episode has not ended in 100,000 steps: register it with max_episode_steps"
     assert (message in capsys.readouterr().err) == said

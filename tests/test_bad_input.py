@@ -41,6 +41,10 @@ def test_on_the_command_line_there_is_one_line_and_no_traceback(run):
     assert result.stderr.startswith("td3_opt.py: unknown --env-id 'hoper-random-v2': did you mean hopper-random-v2")
 
 
+def test_bad_input_is_a_value_error():
+    assert issubclass(td3_opt.BadInput, ValueError)
+
+
 def test_environment_ids(refused, pendulum_file):
     refused("halfcheetah-medium-v2", env_id="halfchetah-medium-v2")
     refused("InvertedPendulum-v5", "module:Env-v0", env_id="InvertedPendulm-v5")

@@ -14,7 +14,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import tyro
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT))
@@ -108,7 +107,7 @@ def test_the_docs_count_the_runs():
         assert re.search(rf"^\|.*`bash benchmark.sh {table}` \|[^|]*\| {count} \|", readme, re.M), table
 
 
-def test_every_command_parses():
+def test_every_command_parses(monkeypatch):
     """Each kind of command; they differ in task and seed only."""
     kinds = {}
     for table in COUNTS:
@@ -117,7 +116,8 @@ def test_every_command_parses():
     assert len(kinds) > 50
     for command in kinds.values():
         _, script, *flags = shlex.split(command)
-        args = tyro.cli(importlib.import_module(Path(script).stem).Args, args=flags)
+        monkeypatch.setattr(sys, "argv", [script, *flags])
+        args = importlib.import_module(Path(script).stem).parse_args()
         given = values(command)
         assert args.env_id == given["--env-id"] and args.resume and not args.progress
         if not script.endswith("_opt.py"):
@@ -256,13 +256,17 @@ def events(folder: Path) -> list[list[str]]:
     return [line.split() for line in (folder / "events").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("bsd, gpus", [(False, {"4", "7"}), (True, {"4,7"})])
-def test_units_go_side_by_side_and_share_gpus(folder, stand_in, bsd, gpus):
+@pytest.mark.parametrize(
+    "bsd, given, gpus", [(False, "4,7", {"4", "7"}), (True, "4,7", {"4,7"}), (False, None, {"0", "1"})]
+)
+def test_units_go_side_by_side_and_share_gpus(folder, stand_in, bsd, given, gpus):
     """A unit's runs go one after the other, the owner of the offline phase first."""
     if bsd:
         write_program(folder / "bin" / "xargs", BSD_XARGS)
+    write_program(folder / "bin" / "nvidia-smi", "#!/bin/sh\nprintf 'GPU 0: NVIDIA A (UUID: 1)\\nGPU 1: NVIDIA A\\n'\n")
     narrow = (*PAIR, "--env-ids", "A-v0", "--seeds", 3, "--jobs", 3)
-    result = benchmark(folder, *narrow, CUDA_VISIBLE_DEVICES="4,7", **stand_in)
+    visible = {"CUDA_VISIBLE_DEVICES": given} if given else {}
+    result = benchmark(folder, *narrow, **visible, **stand_in)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "6 of 6 runs are complete, 0 failed" in result.stdout
     assert result.stdout.count(": complete, score 34.5, 12 min\n") == 6
@@ -369,7 +373,7 @@ def test_ctrl_c_stops_the_runs_first(folder, stand_in, numbers, status, slurm):
             time.sleep(0.3)
             os.killpg(os.getpgid(int(events(folder)[0][-1])), number)
         wait_for(lambda sent=sent: all(log.read_text().count("got TERM") == sent for log in logs))
-    out, _ = process.communicate(timeout=20)
+    out, _ = process.communicate(timeout=120)
     assert process.returncode == status and out.count(": stopped") == 2 and "0 of 8 runs are complete" in out
     assert [log.read_text().count("got TERM") for log in logs] == [len(numbers)] * 2
 
@@ -399,8 +403,7 @@ def test_a_grid_of_real_runs_killed_in_the_middle(folder, home, pendulum_file):
     (runs["td3_opt-2"] / "checkpoint.pt").write_text("no checkpoint")
     environment = {"HOME": str(home), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     zeroth = start_table(folder, options, environment, stdout=subprocess.DEVNULL)
-    evals = runs["td3-0"] / "evals.csv"
-    wait_for(lambda: evals.exists() and evals.read_text().count("\n") > 1)  # from args.json on it still gets ready
+    wait_for(lambda: (runs["td3-0"] / "args.json").exists())  # it is ready to be stopped
     zeroth.send_signal(INT)
     assert zeroth.wait() == 130
     assert "stopped, with a checkpoint" in (runs["td3-0"] / "benchmark.log").read_text()
@@ -424,6 +427,34 @@ def test_a_grid_of_real_runs_killed_in_the_middle(folder, home, pendulum_file):
             assert len(list(run.glob("events.out.tfevents*"))) == starts, f"{name} was trained twice"
             again = (run / "benchmark.log").read_text().count("is complete")
             assert again <= (name not in complete_before)
+
+
+QUICK = r"""#!/usr/bin/env bash
+echo "$*" >>events
+score=10
+while (($#)); do
+    case $1 in --run-dir) folder=$2 ;; --offline-from) from=$2 score=20 ;; esac
+    shift
+done
+[[ -z ${from:-} || -f $from/evals.csv ]] || exit 2
+mkdir -p "$folder"
+printf '%s\n' header offline,0,9,1,8 online_finetune,500,9,$((score + 1)),8 online_finetune,1000,9,$((score + 2)),8 \
+    >"$folder/evals.csv"
+"""
+
+
+def test_quick_is_td3_against_td3_opt(folder, stand_in):
+    """From one offline phase, with both scores at each evaluation."""
+    write_program(folder / "bin" / "python", QUICK)
+    result = benchmark(folder, "quick", SEED="3", **stand_in)
+    assert result.returncode == 0, result.stderr
+    table = [line.split() for line in result.stdout.splitlines()]
+    assert table[0][:4] == ["env", "steps", "TD3", "TD3+OPT"]
+    assert table[1:4] == [["0", "1", "1"], ["500", "11", "21"], ["1000", "12", "22"]]
+    first, second = map(shlex.split, (folder / "events").read_text().splitlines())
+    assert first[-3:] == ["--no-opt", "--run-dir", "runs/quick__td3__3"]
+    assert second[-4:] == ["--offline-from", "runs/quick__td3__3", "--run-dir", "runs/quick__td3_opt__3"]
+    assert first[:-3] == second[:-4] and first[first.index("--env-id") + 1] == "hopper-random-v2"
 
 
 def test_report_is_run_by_benchmark(tmp_path):

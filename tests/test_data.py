@@ -95,10 +95,12 @@ def test_regenerated_random_data_is_d4rls_recipe_and_the_same_on_any_number_of_c
     assert set(np.flatnonzero(columns["timeouts"])) <= {1_499, 2_999, 3_999}  # hopper falls long before 1000 steps
     assert not (columns["terminals"] & columns["timeouts"]).any()
     # the same actions in Gymnasium's own environment give the same numbers
-    env = gym.make("Hopper-v5")
-    observation, _ = env.reset(seed=int(np.random.SeedSequence(0).generate_state(3)[0]))
+    env, seed = gym.make("Hopper-v5"), int(np.random.SeedSequence(0).generate_state(3)[0])
+    observation, _ = env.reset(seed=seed)
+    env.action_space.seed(seed)
     for t in range(int(np.flatnonzero(ends)[0]) + 1):
         np.testing.assert_array_equal(columns["observations"][t], observation.astype(np.float32))
+        np.testing.assert_array_equal(columns["actions"][t], env.action_space.sample())
         observation, reward, terminated, _, _ = env.step(columns["actions"][t])
         assert columns["rewards"][t] == np.float32(reward) and columns["terminals"][t] == terminated
 
@@ -106,6 +108,7 @@ def test_regenerated_random_data_is_d4rls_recipe_and_the_same_on_any_number_of_c
 def test_halfcheetah_chunks_end_with_whole_episodes():
     assert td3_opt.RANDOM_STEPS == 1_000_000
     assert td3_opt.RANDOM_STEPS % td3_opt.RANDOM_CHUNK == 0 == td3_opt.RANDOM_CHUNK % 1_000
+    assert td3_opt.RANDOM_CHUNK == 25_000  # of another length the sets would be others
 
 
 def test_first_hit_wins(tmp_path, monkeypatch):
@@ -163,6 +166,7 @@ def server(tmp_path, monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
         monkeypatch.setattr(td3_opt, "D4RL_URL", f"http://127.0.0.1:{httpd.server_port}/")
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
         yield folder
         httpd.shutdown()
 
@@ -244,6 +248,38 @@ def test_actions_are_scaled_in_data_and_environments_alike(pendulum_file, pendul
         env.reset(seed=0), plain.reset(seed=0)
         expected = plain.step(np.array([1.5], np.float32))[0]
         np.testing.assert_allclose(env.step(np.array([0.5], np.float32))[0], expected, rtol=1e-6)
+
+
+class Lopsided(gym.Env):
+    observation_space = gym.spaces.Box(-1, 1, (2,))
+    action_space = gym.spaces.Box(np.float32([0, -2]), np.float32([1, 6]))
+
+    def __init__(self, render_mode=None):
+        pass
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.taken = action
+        return np.zeros(2, np.float32), 0.0, False, False, {}
+
+
+gym.register("Lopsided-v0", Lopsided, max_episode_steps=5)
+
+
+def test_boxes_of_actions_need_not_be_symmetric(tmp_path):
+    columns = roll_out(gym.make("Lopsided-v0"), 300, seed=0)
+    columns["actions"][:3] = [[0, -2], [0.5, 2], [1, 4]]
+    args = td3_opt.Args("Lopsided-v0", str(write_file(tmp_path / "d.hdf5", columns)), run_dir=str(tmp_path / "run"))
+    run = td3_opt.Run(td3_opt.resolve(args))
+    data = run.load_data(td3_opt.reward_transform)
+    np.testing.assert_allclose(data.actions[:3], [[-1, -1], [0, 0], [1, 0.5]], atol=1e-6)
+    run.env.reset(seed=0)
+    for stored, own in zip(data.actions[:3], columns["actions"][:3], strict=True):
+        run.env.step(stored)
+        np.testing.assert_allclose(run.env.unwrapped.taken, own, atol=1e-6)
 
 
 def test_a_minari_id_may_name_its_remote(tmp_path, monkeypatch):

@@ -162,6 +162,11 @@ def test_adroit(tmp_path, monkeypatch, env_id, dimensions, limit):
     data, _ = td3_opt.load_dataset(env_id, progress=False)
     assert len(data.rewards) == 14 and data.terminals.sum() == 0 and len(set(data.rewards.tolist())) > 5
     np.testing.assert_array_equal(data.observations[1:7], data.next_observations[:6])
+    actions = data.actions.copy()
+    actions[:2, 0] = 1.3, -1.2  # as those of the cloned policies may be
+    monkeypatch.setattr(td3_opt, "load_dataset", lambda *given: (data._replace(actions=actions), "here"))
+    run = td3_opt.Run(td3_opt.resolve(td3_opt.Args(env_id, batch_size=8, run_dir=str(tmp_path / "run"))))
+    np.testing.assert_array_equal(run.load_data(td3_opt.reward_transform).actions, actions)
 
 
 @pytest.mark.parametrize("env_id", ["antmaze-umaze-v2", "pen-cloned-v1"])

@@ -84,6 +84,10 @@ def test_advantage_weights_are_clipped_at_100():
         assert weights.tolist() == pytest.approx([0, 1, 99, 100, 100, 100], rel=1e-4)
 
 
+def test_the_policys_standard_deviation_starts_at_1():
+    assert not iql_opt.Actor(11, 3).log_std.any()
+
+
 @pytest.mark.parametrize("log_std, std", [(-1.0, math.exp(-1)), (0.3, math.exp(0.3)), (5.0, math.exp(2))])
 def test_log_prob_of_the_tanh_mean_gaussian(double, log_std, std):
     actor, data = Actor(3, 2), batch()

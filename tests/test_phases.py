@@ -124,8 +124,10 @@ def test_the_share_of_online_samples_at_the_start_of_fine_tuning(script, fractio
 def test_each_online_transition_enters_balanced_replay_once(script, train, monkeypatch):
     entered, add = [], script.BalancedReplay.add
     monkeypatch.setattr(script.BalancedReplay, "add", lambda self, row: (entered.append(row), add(self, row))[1])
-    train(script, replay="balanced")
+    _, states = train(script, replay="balanced")
     assert entered == list(range(5_030, 5_036))
+    # and the density ratio takes a step in each gradient step
+    assert {int(state["step"]) for state in states["done"]["ratio_optimizer"]["state"].values()} == {12}
 
 
 @scripts
@@ -150,7 +152,7 @@ def test_the_target_of_q_on_follows_it_in_online_pretraining(script, train):
 @pytest.mark.parametrize("replay", ["balanced", "online", "symmetric", "uniform"])
 def test_what_fine_tuning_samples(script, replay, train, monkeypatch):
     """Batches of 16 from 5,000 offline transitions and 30 to 60 online ones."""
-    shares, getitem = [], script.ReplayBuffer.__getitem__
+    shares, logged, getitem, loop = [], [], script.ReplayBuffer.__getitem__, script.Run.loop
 
     def watch(self, rows):
         if self.n_online > 30 and len(rows) == 16:  # fine-tuning's own, not the density ratio's 32
@@ -158,9 +160,16 @@ def test_what_fine_tuning_samples(script, replay, train, monkeypatch):
             assert rows.max() < self.n_offline + self.n_online
         return getitem(self, rows)
 
+    def watch_metrics(run, phase, *args, **kwargs):
+        for step in loop(run, phase, *args, **kwargs):
+            yield step
+            if phase == "online_finetune":
+                logged.append(float(run.metrics["online_share"]))
+
     monkeypatch.setattr(script.ReplayBuffer, "__getitem__", watch)
+    monkeypatch.setattr(script.Run, "loop", watch_metrics)
     _, states = train(script, replay=replay, online_steps=60, utd=1)
-    assert len(shares) == 30
+    assert len(shares) == 30 and logged == shares
     if replay == "balanced":
         assert 0.3 < np.mean(shares[:5]) < 0.7
         assert states["done"]["balanced"]["tree.leaves"].view(-1)[5_000:5_060].all()
@@ -352,10 +361,31 @@ def test_q_on_is_new(script):
     assert not equal(agent.q_on.state_dict(), agent.q_off.state_dict())
 
 
+@pytest.mark.parametrize("script", OWN, ids=lambda script: script.__name__)
+def test_every_target_starts_as_a_copy(script):
+    parts = script.Agent(script.resolve(script.Args(env_id="hopper-medium-v2")), 3, 2, torch.device("cpu")).parts()
+    targets = [name for name in parts if name.endswith("_target")]
+    assert len(targets) >= (2 if script in OPT else 1)
+    for name in targets:
+        network, target = parts[name.removesuffix("_target")], parts[name]
+        assert equal(network.state_dict(), target.state_dict())
+        assert not {x.data_ptr() for x in network.parameters()} & {x.data_ptr() for x in target.parameters()}
+
+
+def test_twins_start_apart_as_pytorchs_layers():
+    layer, plain = td3_opt.EnsembleLinear(2, 100, 300), torch.nn.Linear(100, 300)
+    for mine, own in ((layer.weight, plain.weight), (layer.bias, plain.bias)):
+        assert not torch.equal(mine[0], mine[1])
+        for member in mine:
+            assert member.abs().max() <= 0.1 and member.std().item() == pytest.approx(own.std().item(), rel=0.15)
+
+
 def test_the_size_of_exploration_noise():
     torch.manual_seed(0)
     actions = [td3_opt.explore(lambda _: np.zeros(24, np.float32), None, 0.1) for _ in range(500)]
     assert np.std(actions) == pytest.approx(0.1, rel=0.03) and np.mean(actions) == pytest.approx(0, abs=0.003)
+    actions = td3_opt.explore(lambda _: np.full(500, 0.95, np.float32), None, 0.1)
+    assert actions.max() == 1 and 0.25 < (actions == 1).mean() < 0.37  # beyond half a standard deviation: 0.31
 
 
 PROTOCOL = dict(offline_steps=1_000_000, online_steps=300_000, n_tau=25_000, n_pretrain=50_000, q_on_init="meta")
@@ -378,3 +408,5 @@ def test_what_is_not_given_is_the_papers(script):
     args = vars(script.resolve(script.Args(env_id="hopper-medium-v2")))
     expected = PROTOCOL | PUBLISHED[script]
     assert {name: args[name] for name in expected} == expected
+    vanilla = script.resolve(script.Args(env_id="hopper-medium-v2", opt=False))
+    assert vanilla.replay == ("symmetric" if script is rlpd_opt else "uniform")
