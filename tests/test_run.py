@@ -567,13 +567,22 @@ def renders() -> bool:
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True).returncode == 0
 
 
+WATCHED = """
+import sys
+sys.path.insert(0, {folder!r})
+import td3_opt
+evaluate = td3_opt.evaluate
+def watch(policy, env, *args, **kwargs):
+    print("most", env.action_space.high)
+    return evaluate(policy, env, *args, **kwargs)
+td3_opt.evaluate = watch
+td3_opt.train(td3_opt.parse_args())
+"""
+
+
 def test_video(home, pendulum_file, tmp_path):
     """Of the environment as the policy sees it: actions in [-1, 1], where the pendulum's are in [-3, 3]."""
-    code = (
-        f"import sys; sys.path.insert(0, {str(ROOT / 'algorithms')!r}); import td3_opt; evaluate = td3_opt.evaluate\n"
-    )
-    code += "def watch(policy, env, *args, **kw):\n    print('most', env.action_space.high)\n"
-    code += "    return evaluate(policy, env, *args, **kw)\ntd3_opt.evaluate = watch\ntd3_opt.train(td3_opt.parse_args())"
+    code = WATCHED.format(folder=str(ROOT / "algorithms"))
     arguments = (*SHORT, "--dataset", pendulum_file, "--run-dir", tmp_path / "run", "--capture-video")
     result = run_script("td3_opt", home, *arguments, code=code)
     if renders():
