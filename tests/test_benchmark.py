@@ -394,11 +394,11 @@ def test_runs_that_a_killed_benchmark_left_behind_are_waited_for(folder, stand_i
 
 
 def test_a_grid_of_real_runs_killed_in_the_middle(folder, home, pendulum_file):
-    """8 runs, 2 at a time, one fails. Ctrl-C, then benchmark.sh is killed outright, its runs live on; then it ends."""
-    options = "--env-ids InvertedPendulum-v5 --seeds 4 --offline-steps 20 --online-steps 400 -- --n-tau 20 --utd 1"
+    """6 runs, 2 at a time, one fails. Ctrl-C, then benchmark.sh is killed outright, its runs live on; then it ends."""
+    options = "--env-ids InvertedPendulum-v5 --seeds 3 --offline-steps 20 --online-steps 400 -- --n-tau 20 --utd 1"
     options += f" --n-pretrain 20 --batch-size 8 --eval-freq 0 --eval-episodes 1 --dataset {pendulum_file}"
     runs = {f"{name}-{seed}": folder / "runs" / f"InvertedPendulum-v5__{name}__{seed}__offline20_online400"
-            for name in ("td3", "td3_opt") for seed in range(4)}  # fmt: skip
+            for name in ("td3", "td3_opt") for seed in range(3)}  # fmt: skip
     runs["td3_opt-2"].mkdir(parents=True)
     (runs["td3_opt-2"] / "checkpoint.pt").write_text("no checkpoint")
     environment = {"HOME": str(home), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -412,10 +412,10 @@ def test_a_grid_of_real_runs_killed_in_the_middle(folder, home, pendulum_file):
     first.kill()
     first.wait()
     complete_before = {name for name, run in runs.items() if (run / "benchmark.done").exists()}
-    assert len(complete_before) < 6
+    assert len(complete_before) < 4
     second = start_table(folder, options, environment, stdout=subprocess.PIPE)
     out, _ = second.communicate()
-    assert second.returncode == 1 and "7 of 8 runs are complete, 1 failed" in out, out
+    assert second.returncode == 1 and "5 of 6 runs are complete, 1 failed" in out, out
     failed = [line for line in out.splitlines() if line.startswith("failed: ")]
     assert len(failed) == 1 and "__td3_opt__2__" in failed[0] and "checkpoint.pt is damaged" in failed[0]
     for name, run in runs.items():
