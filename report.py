@@ -68,7 +68,7 @@ NEEDED = "env_id exp_name seed offline_steps online_steps utd device_name thread
 # Arguments in which the runs of one cell may differ.
 BOOKKEEPING = "seed exp_name script run_dir device offline_from checkpoint_freq resume save_model snapshots track"
 BOOKKEEPING += " capture_video progress wandb_project_name wandb_entity wandb_id versions device_name threads"
-BOOKKEEPING += " compile products"
+BOOKKEEPING += " compile products dataset"
 # Arguments that make the variants of one row: beside these its columns of one backbone may differ in nothing.
 VARIANT = "opt q_on q_on_init replay kappa_init kappa_end kappa_decay init_online_fraction random_steps"
 VARIANT += " offline_steps online_steps n_tau n_pretrain"
@@ -105,10 +105,11 @@ def make_folder(path: Path) -> None:
 
 
 class Steps(NamedTuple):
-    """A run's step budgets. "paper" is the paper's number for the variant, None what does not apply to it."""
+    """A run's step budgets. "paper" is the paper's number for the variant, of a VAE also where there is none, so that
+    such a run stands beside the paper's; None is what does not apply."""
 
     offline: int | None
-    vae: int | str | None
+    vae: int | str
     online: int  # of N_tau's ablation: as if N_tau were the paper's, so that its columns share a row
     n_tau: int | str | None
     n_pretrain: int | str | None
@@ -121,9 +122,9 @@ class Steps(NamedTuple):
         backbone = re.split("[_.]", args.get("script", variant))[0]  # a name of one's own tells nothing
         paper = {"n_tau": n_tau, "n_pretrain": 2 * n_tau, "utd": UTD.get(backbone)}
         paper["vae_steps"] = min(VAE_STEPS, args["offline_steps"])
-        own = {name: "paper" if args.get(name) == number else args.get(name) for name, number in paper.items()}
+        own = {name: "paper" if args.get(name, number) == number else args[name] for name, number in paper.items()}
         offline = None if variant == "rlpd_vanilla" else args["offline_steps"]
-        n_pretrain = own["n_pretrain"] if opt and args["q_on_init"] != "random" else None
+        n_pretrain = own["n_pretrain"] if opt and args.get("q_on_init") != "random" else None
         online, n_tau = args["online_steps"] - n_tau + N_TAU, own["n_tau"] if opt else None
         return cls(offline, own["vae_steps"], online, n_tau, n_pretrain, own["utd"])
 
@@ -147,7 +148,7 @@ def read_csv(path: Path, numbers: list[str], notes: list[str]) -> pd.DataFrame:
     if missing := [name for name in ("phase", *numbers) if name not in whole.partition("\n")[0].split(",")]:
         notes.append(f"{path}: no column {', '.join(missing)}, left out")
         return pd.DataFrame(columns=["phase", *numbers])
-    rows = pd.read_csv(io.StringIO(whole), usecols=["phase", *numbers], dtype=str, on_bad_lines="skip")
+    rows = pd.read_csv(io.StringIO(whole), usecols=["phase", *numbers], dtype=str)
     rows[numbers] = rows[numbers].apply(pd.to_numeric, errors="coerce").replace([math.inf, -math.inf], math.nan)
     needed = [name for name in numbers if name != "normalized_score" or rows[name].notna().any()]  # D4RL has not all
     finite = rows[needed].notna().all(axis=1)
@@ -190,22 +191,24 @@ def read_run(folder: Path, notes: list[str]) -> dict:
 
 def read_runs(folder: Path, notes: list[str]) -> pd.DataFrame:
     """The complete runs of a folder; of two with the same variant, task, seed and steps only the first."""
-    runs = {}
+    runs = []
     for path in sorted(path for path in folder.iterdir() if path.is_dir()):
         try:
             run = read_run(path, notes)
-            first = runs.setdefault((run["variant"], run["task"], run["seed"], run["steps"]), run)
-            if first is not run:
-                raise ValueError(f"the same variant, task, seed and steps as {first['folder']}")
+            for other in runs:  # in one row, both would count
+                same = all(other[key] == run[key] for key in ("variant", "task", "seed"))
+                if same and (other["steps"].has_place_for(run["steps"]) or run["steps"].has_place_for(other["steps"])):
+                    raise ValueError(f"the same variant, task, seed and steps as {other['folder']}")
+            runs.append(run)
             if run["variant"] == "boorl" and 200_000 in (curve := run["curve"]):  # a column on its way
-                early = {"variant": "boorl_at_200000", "curve": curve[:200_000], "score": curve[200_000]}
-                early |= {"last_five": curve[:200_000].tail(5).mean(), **dict.fromkeys(RATES + HOURS, math.nan)}
-                runs[early["variant"], run["task"], run["seed"], run["steps"]] = run | early
+                early = {"variant": "boorl_at_200000", "curve": curve.loc[:200_000], "score": curve[200_000]}
+                early |= {"last_five": early["curve"].tail(5).mean(), **dict.fromkeys(RATES + HOURS, math.nan)}
+                runs.append(run | early)
         except json.JSONDecodeError:
             notes.append(f"{path}: args.json is damaged, left out")
         except (OSError, ValueError) as reason:
             notes.append(f"{path}: {reason}, left out")
-    return pd.DataFrame(list(runs.values()))
+    return pd.DataFrame(runs)
 
 
 class Table(NamedTuple):
@@ -263,7 +266,8 @@ def mixtures(table: Table) -> list[str]:
     groups = [(runs, "cell", BOOKKEEPING) for _, runs in table.places.groupby(cell, observed=True)]
     groups += [(runs, "row", f"{BOOKKEEPING} {VARIANT}") for _, runs in rows if table.name in TABLES]
     for runs, what, may_differ in groups:
-        args = pd.DataFrame([{name: json.dumps(value) for name, value in args.items()} for args in runs.args])
+        args = [args | {"data": (args.get("data") or {}).get("crc32")} for args in runs.args]  # wherever it lay
+        args = pd.DataFrame([{name: json.dumps(value) for name, value in run.items()} for run in args])
         args = args.fillna("null").drop(columns=may_differ.split(), errors="ignore")
         for name in args.columns[args.nunique() > 1]:
             values, folders = ", ".join(sorted(set(args[name]))), " ".join(path.name for path in runs.folder)
@@ -614,6 +618,9 @@ def report(runs_folder: Path, out: Path) -> str:
     if (about := runs_folder / "README.md").exists():
         text += about.read_text().strip() + "\n\n"
     make_folder(out)
+    for path in out.iterdir():  # an earlier report's
+        if re.fullmatch(rf"({'|'.join(TABLES)}|others)(-\d.*)?-(scores|curves)\.(png|pdf)", path.name):
+            path.unlink()
     tables = [(table, *summarize(table)) for table in make_tables(runs)] if len(runs) else []
     for table, scores, totals in tables:
         text += table_markdown(table, scores, totals) + "\n"
@@ -651,7 +658,7 @@ def main() -> None:
     parser.add_argument("--out", type=expanded, default=Path("report"), help="where to write (default: report)")
     parser.add_argument("--reference", type=expanded, help="for bias: a near-optimal run's model.pt, or its folder")
     parser.error = bad_input
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # flags may stand between the words
     fits = {"tables": not args.folders, "bias": args.folders and args.reference, "tsne": len(args.folders) == 1}
     if not fits[args.what]:
         bad_input("write tables [--runs FOLDER], bias RUN ... --reference MODEL.pt (or its folder), or tsne RUN")
@@ -672,4 +679,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:  # a full disk, a folder that may not be written
+        sys.exit(f"report.py: {error}")

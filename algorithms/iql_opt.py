@@ -846,6 +846,7 @@ ANTMAZE_TASKS = tuple(f"antmaze-{kind}-v2" for kind in ANTMAZE_KINDS)
 ANTMAZE_RADIUS = 0.45  # within it the goal is reached; gymnasium-robotics' own
 ADROIT_LIMITS = {"pen": 100, "hammer": 200, "door": 200, "relocate": 200}  # D4RL's; pen is registered with 200
 ADROIT_TASKS = tuple(f"{env}-cloned-v1" for env in ADROIT_LIMITS)
+ADROIT_PALM = {"hammer": 33, "door": 29, "relocate": 33}  # where a state has the palm's place, and then the object's
 TASKS = MUJOCO_TASKS + ANTMAZE_TASKS + ADROIT_TASKS
 REFERENCE_RETURNS = {"halfcheetah": (-280.178953, 12135.0), "hopper": (-20.272305, 3234.3)}  # D4RL's (min, max)
 REFERENCE_RETURNS |= {"walker2d": (1.629008, 4592.3), "antmaze": (0.0, 1.0), "pen": (96.262799, 3076.8331017826877)}
@@ -860,6 +861,24 @@ def normalized_score(env_id: str, episode_return: float) -> float:
     """D4RL's score: 0 for its random policy's return, 100 for its expert's; NaN where D4RL has no reference."""
     low, high = REFERENCE_RETURNS[env_id.split("-")[0]] if env_id in TASKS else (math.nan, math.nan)
     return 100 * (episode_return - low) / (high - low)
+
+
+def adroit_excess(kind: str, states: np.ndarray) -> np.ndarray:
+    """What gymnasium-robotics 1.2.1 to 1.4.2 pays more than D4RL in states [..., S]: 0.1 a metre from the palm to the
+    handle, hammer or ball is added there, and subtracted by D4RL (Gymnasium-Robotics' pull request 220)."""
+    i = ADROIT_PALM.get(kind, 0)
+    return 0.2 * (i > 0) * np.linalg.norm(states[..., i : i + 3] - states[..., i + 3 : i + 6], axis=-1)
+
+
+class AdroitHand(gym.Wrapper):
+    """An Adroit task with D4RL's rewards and ends: gymnasium-robotics goes on with a dropped pen (its issue 112)."""
+
+    kind: str
+
+    def step(self, action: np.ndarray) -> tuple:
+        state, reward, terminated, truncated, info = self.env.step(action)
+        terminated |= self.kind == "pen" and bool(state[26] < 0.075)
+        return state, reward - adroit_excess(self.kind, state), terminated, truncated, info
 
 
 def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
@@ -878,8 +897,11 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
             maze[start[0]][start[1]], maze[goal[0]][goal[1]] = "r", "g"
             kwargs = {"maze_map": maze, "continuing_task": False}
         with warnings.catch_warnings(category=DeprecationWarning, action="ignore"):
-            env = gym.make(name, render_mode=render_mode, **kwargs)
-        if env_id in ANTMAZE_TASKS:
+            env = gym.make(name, **kwargs, **({"render_mode": render_mode} if render_mode else {}))
+        if env_id in ADROIT_TASKS:
+            env = AdroitHand(env)
+            env.kind = kind[0]
+        elif env_id in ANTMAZE_TASKS:
             env.unwrapped.position_noise_range = 0  # the noise moves the goal, which the observation does not tell
             env.unwrapped.ant_env.unwrapped._reset_noise_scale = 0.1  # D4RL's; without it all episodes start the same
             env = gym.wrappers.FilterObservation(env, ("achieved_goal", "observation"))  # D4RL's 2 + 27 numbers
@@ -897,8 +919,9 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     spaces = (env.observation_space, env.action_space)
     flat = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
     found = " and ".join(f"{type(space).__name__}{space.shape or ''}" for space in spaces)
-    what = "its observations and actions have to be flat Boxes, the actions' with finite bounds"
-    require(flat and spaces[1].is_bounded(), f"--env-id {env_id} has {found}: {what}")
+    bounded = flat and spaces[1].dtype.kind == "f" and max(-spaces[1].low.min(), spaces[1].high.max()) < 1e30
+    what = "its observations and actions have to be flat Boxes, the actions' of floats with finite bounds"
+    require(bounded, f"--env-id {env_id} has {found}: {what}")
     return env
 
 
@@ -1044,6 +1067,9 @@ def read_minari(dataset_id: str | None, env_id: str, progress: bool) -> tuple[Tr
         raise BadInput(f"{what} cannot be read ({one_line(error)}): {again}") from None
     require(columns["rewards"], f"{what} holds no episodes: write another --dataset")
     columns = checked_columns({key: np.concatenate(parts) for key, parts in columns.items()}, what)
+    kind, first = env_id.split("-")[0], columns["rewards"][:1]  # in which door and relocate show whose they are
+    if env_id in ADROIT_TASKS and (first > {"door": -0.1 * 1.57**2, "relocate": 0}.get(kind, -math.inf)).any():
+        columns["rewards"] = columns["rewards"] - adroit_excess(kind, columns["next_observations"])
     return Transitions(**columns), f"Minari's {dataset_id}"
 
 
@@ -1051,7 +1077,7 @@ def load_dataset(env_id: str, dataset: str | None = None, progress: bool = True)
     """The offline data of a task, and where it came from. First hit wins: `dataset` (a file or a Minari id), D4RL's
     cache, the scripts' cache, the local Minari store, regeneration of a random set, download."""
     if dataset is not None:
-        path = Path(dataset).expanduser()
+        path = Path(os.path.expanduser(dataset))
         if os.path.isfile(path):
             return read_hdf5(path), str(path)
         minari_id = re.search(r"-v\d+$", dataset) and not os.path.exists(path)
@@ -1237,7 +1263,7 @@ class Run:
             sys.exit(1)  # in a worker that imports a script without main guard: the first process says so
         random.seed(args.seed)  # for environments that draw from the global generators
         np.random.seed(args.seed)
-        self.args, self.folder, self.device = args, Path(args.run_dir).expanduser(), torch.device(args.device)
+        self.args, self.device, self.folder = args, torch.device(args.device), Path(os.path.expanduser(args.run_dir))
         self.env, self.evaluation_env = make_env(args.env_id), make_env(args.env_id)
         if args.capture_video:
             os.environ.setdefault("MUJOCO_GL", "glfw" if os.environ.get("DISPLAY") else "egl")
@@ -1259,7 +1285,7 @@ class Run:
             advice, other = "delete it, and --resume starts from the beginning", "start a new run in another --run-dir"
             self.state = load(checkpoint, "checkpoint.pt", args, names, advice, other)
         elif args.offline_from:
-            path, advice = Path(args.offline_from).expanduser(), "write another --offline-from, a run's folder"
+            path, advice = Path(os.path.expanduser(args.offline_from)), "write another --offline-from, a run's folder"
             path = path / "offline.pt" if os.path.isdir(path) else path
             self.state = load(path, "offline.pt", args, OFFLINE_ARGS, advice, "leave out --offline-from")
         vars(self).update({name: self.state[name] for name in (*self.SAVED, "products") if name in self.state})
@@ -1382,7 +1408,7 @@ class Run:
 
     def on_signal(self, number: int, frame) -> None:
         """The first Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 asks for a checkpoint and the end, a second one won't wait."""
-        if self.signal:
+        if self.signal and number != signal.SIGHUP:  # of which a shell and its terminal send one each
             raise SystemExit(128 + number)
         self.signal = number
         try:
@@ -1431,7 +1457,7 @@ class Run:
             if score:
                 self.add_evaluation()
                 bar.set_postfix(score=self.score)
-                if bar.disable:  # asked for, or not a terminal
+                if bar.disable and not self.signal:  # asked for, or not a terminal
                     left = f"{steps_per_second:.0f} steps/s, {(total - self.step) / steps_per_second / 60:.0f} min left"
                     print(f"{phase} {self.step:,}/{total:,}: score {self.score:.1f}, {left}", flush=True)
             if keep:
@@ -1442,7 +1468,9 @@ class Run:
         bar.close()
         if self.signal:
             self.save_checkpoint()
-            print(f"{PROGRAM}: stopped, with a checkpoint; go on with the same command and --resume", file=sys.stderr)
+            what = f"{PROGRAM}: stopped, with a checkpoint; go on with the same command and --resume\n"
+            with contextlib.suppress(OSError):  # Ctrl-C has ended what it is piped to
+                os.write(2, what.encode())
             raise SystemExit(128 + self.signal)
 
     def log_metrics(self) -> None:

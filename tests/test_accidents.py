@@ -393,25 +393,54 @@ def test_without_checkpoints_there_is_the_last_one(pendulum_file, tmp_path, monk
     assert saved == ["done"]
 
 
-def test_a_second_ctrl_c_does_not_wait_for_a_checkpoint(pendulum_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number, waits", [(signal.SIGINT, False), (signal.SIGHUP, True)], ids=str)
+def test_a_second_ctrl_c_does_not_wait_for_a_checkpoint(number, waits, pendulum_file, tmp_path, monkeypatch):
+    """A terminal that closes sends SIGHUP, and its shell passes on its own: that asks once."""
     loop, steps = td3_opt.Run.loop, []
 
     def twice(run, phase, *args, **kwargs):
         for step in loop(run, phase, *args, **kwargs):
             steps.append(step)
             for _ in range(2 if step == 3 else 0):
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(number)
             yield step
 
     monkeypatch.setattr(td3_opt.Run, "loop", twice)
     with pytest.raises(SystemExit) as end:
         td3_opt.train(Args(**TINY, dataset=str(pendulum_file), run_dir=str(tmp_path / "run")))
-    assert end.value.code == 130 and steps == [0, 1, 2, 3] and not (tmp_path / "run" / "checkpoint.pt").exists()
+    assert end.value.code == 128 + number and steps == [0, 1, 2, 3]
+    assert (tmp_path / "run" / "checkpoint.pt").exists() == waits
+
+
+def test_ctrl_c_that_ends_tee_too_leaves_a_checkpoint(home, pendulum_file, tmp_path):
+    """`python td3_opt.py 2>&1 | tee log`: while an evaluation runs, the reader of both streams ends."""
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT / "algorithms")!r})
+import td3_opt
+plain = td3_opt.evaluate
+def evaluate(policy, env, *args, **kwargs):
+    evaluate.calls += 1
+    if evaluate.calls == 3:
+        os.kill(os.getpid(), signal.SIGINT)
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 1), os.dup2(writer, 2)
+    return plain(policy, env, *args, **kwargs)
+evaluate.calls = 0
+td3_opt.evaluate = evaluate
+td3_opt.train(td3_opt.parse_args())
+"""
+    arguments = [*FLAGS, "--online-steps", 90_000, "--dataset", pendulum_file, "--run-dir", tmp_path / "run"]
+    assert run_script("td3_opt", home, *arguments, code=code).returncode == 130
+    evaluations = len(rows(tmp_path / "run"))
+    assert len(torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["evals"]) == 1 + evaluations == 4
 
 
 def test_an_environment_of_ones_own_is_registered_on_import(pendulum_file, tmp_path, monkeypatch):
     text = "import gymnasium\nfrom gymnasium.envs.mujoco.inverted_pendulum_v5 import InvertedPendulumEnv\n"
-    text += "gymnasium.register('Own-v0', InvertedPendulumEnv, max_episode_steps=20)\n"
+    text += "class Own(InvertedPendulumEnv):\n    def __init__(self):\n        super().__init__()\n"  # no render_mode
+    text += "gymnasium.register('Own-v0', Own, max_episode_steps=20)\n"
     (tmp_path / "own_package").mkdir()
     (tmp_path / "own_package" / "envs.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)

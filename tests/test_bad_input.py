@@ -60,11 +60,20 @@ def test_an_environment_of_the_users_own_that_fails(refused, pendulum_file, tmp_
         "    observation_space = gymnasium.spaces.Box(-numpy.arange(40.0), numpy.arange(40.0), dtype=numpy.float64)\n"
         "    action_space = gymnasium.spaces.Discrete(2)\n"
         "gymnasium.register('Wide-v0', entry_point=lambda render_mode=None: Wide())\n"
+        "class Whole(Wide):\n"
+        "    observation_space = gymnasium.spaces.Box(-1, 1, (2,))\n"
+        "    action_space = gymnasium.spaces.Box(0, 9, (2,), dtype=numpy.int64)\n"
+        "class Endless(Whole):\n"
+        "    action_space = gymnasium.spaces.Box(-3.4e38, 3.4e38, (2,))\n"
+        "gymnasium.register('Whole-v0', entry_point=Whole)\n"
+        "gymnasium.register('Endless-v0', entry_point=Endless)\n"
         "gymnasium.register('Failing-v0', entry_point=lambda size, render_mode=None: None)\n"
     )
     (tmp_path / "broken_env.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(tmp_path)
     refused("flat Boxes", env_id="failing_env:Wide-v0", dataset=str(pendulum_file))
+    refused("of floats with finite bounds", env_id="failing_env:Whole-v0", dataset=str(pendulum_file))
+    refused("of floats with finite bounds", env_id="failing_env:Endless-v0", dataset=str(pendulum_file))
     refused("TypeError", "size", "mend", env_id="failing_env:Failing-v0", dataset=str(pendulum_file))
     refused("ZeroDivisionError", env_id="broken_env:Broken-v0", dataset=str(pendulum_file))
     refused("cannot be made", env_id=".hidden:Hopper-v5", dataset=str(pendulum_file))
@@ -88,6 +97,7 @@ def test_data_that_is_nowhere(refused, monkeypatch):
         refused("hopper_medium-v2.hdf5", "BadStatusLine", "--dataset", env_id="hopper-medium-v2")
         thread.join()
     refused("is no file, nor a Minari id", "--dataset", dataset="missing.hdf5")
+    refused("~nobody-here/x.hdf5 is no file, nor a Minari id", dataset="~nobody-here/x.hdf5")
     refused("is no file, nor a Minari id", "--dataset", dataset="D4RL/hopper/medium")
     no_network = (_ for _ in ()).throw
     monkeypatch.setattr(td3_opt.minari, "download_dataset", lambda name: no_network(ConnectionError("no network")))

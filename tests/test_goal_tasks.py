@@ -150,9 +150,44 @@ def test_a_newer_version_is_taken_where_the_named_one_is_missing(tmp_path, monke
     assert taken("pen-cloned-v1") == ("load", "D4RL/pen/cloned-v2")
 
 
+@pytest.mark.parametrize("kind, apart", [("door", 2), ("hammer", 3), ("relocate", 2)])
+def test_adroit_pays_what_d4rl_pays(kind, apart):
+    """A random policy's returns are those of D4RL's; with gymnasium-robotics' rewards they are 6 to 17 more."""
+    env, returns = td3_opt.make_env(f"{kind}-cloned-v1"), []
+    env.action_space.seed(0)
+    for episode in range(6):
+        env.reset(seed=episode)
+        steps = [env.step(env.action_space.sample()) for _ in range(200)]
+        assert [truncated for _, _, _, truncated, _ in steps] == [False] * 199 + [True]
+        assert not any(terminated for _, _, terminated, _, _ in steps)
+        returns.append(sum(reward for _, reward, *_ in steps))
+    assert np.mean(returns) == pytest.approx(td3_opt.REFERENCE_RETURNS[kind][0], abs=apart)
+
+
+def test_a_dropped_pen_ends_the_episode():
+    env, lengths = td3_opt.make_env("pen-cloned-v1"), []
+    env.action_space.seed(0)
+    pen = env.unwrapped.model.body("Object").id
+    for episode in range(6):
+        env.reset(seed=episode)
+        done = False
+        for step in range(100):
+            assert not done
+            action = env.action_space.sample()
+            *_, terminated, truncated, _ = env.step(0.1 * action if episode % 2 else action)
+            done = env.unwrapped.data.xpos[pen, 2] < 0.075 or step == 99
+            assert terminated == (env.unwrapped.data.xpos[pen, 2] < 0.075) and truncated == (step == 99)
+            if done:
+                break
+        lengths.append(step + 1)
+    assert min(lengths) < 60 and max(lengths) == 100, lengths
+
+
 @pytest.mark.parametrize(
-    "env_id, dimensions, limit", [("pen-cloned-v1", (45, 24), 100), ("door-cloned-v1", (39, 28), 200)]
-)
+    "env_id, dimensions, limit",
+    [("pen-cloned-v1", (45, 24), 100), ("door-cloned-v1", (39, 28), 200), ("hammer-cloned-v1", (46, 26), 200),
+     ("relocate-cloned-v1", (39, 30), 200)],
+)  # fmt: skip
 def test_adroit(tmp_path, monkeypatch, env_id, dimensions, limit):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "store"))
     env = td3_opt.make_env(env_id)
@@ -162,6 +197,14 @@ def test_adroit(tmp_path, monkeypatch, env_id, dimensions, limit):
     data, _ = td3_opt.load_dataset(env_id, progress=False)
     assert len(data.rewards) == 14 and data.terminals.sum() == 0 and len(set(data.rewards.tolist())) > 5
     np.testing.assert_array_equal(data.observations[1:7], data.next_observations[:6])
+    env.reset(seed=0)  # rewards as here online
+    rewards = [env.step(action)[1] for action in data.actions[:7]]
+    np.testing.assert_allclose(data.rewards[:7], rewards, rtol=1e-6, atol=1e-6)
+    if env_id in ("door-cloned-v1", "relocate-cloned-v1"):  # data with D4RL's rewards keeps them
+        own = gym.wrappers.TimeLimit(td3_opt.make_env(env_id), 7)
+        collect("own/rewards-v0", own, [None])
+        kept, _ = td3_opt.load_dataset(env_id, "own/rewards-v0", progress=False)
+        np.testing.assert_allclose(kept.rewards, rewards, rtol=1e-6, atol=1e-6)
     actions = data.actions.copy()
     actions[:2, 0] = 1.3, -1.2  # as those of the cloned policies may be
     monkeypatch.setattr(td3_opt, "load_dataset", lambda *given: (data._replace(actions=actions), "here"))

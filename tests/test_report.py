@@ -5,6 +5,7 @@ import importlib
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -375,6 +376,67 @@ def test_one_cell_with_other_arguments_is_named(runs, no_figures, tmp_path):
     assert len(left_out(text)) == 1 and "table1: one cell mixes --gamma 0.5, 0.99" in left_out(text)[0]
 
 
+def test_data_is_the_same_wherever_it_lay(no_figures, tmp_path):
+    for seed, (place, crc) in enumerate((("/home/a/x.hdf5", 7), ("/root/x.hdf5", 7))):
+        data = {"source": f"{place} (regenerated)", "size": 9, "crc32": crc}
+        write_run(tmp_path / "runs", "td3", "hopper-random-v2", seed, [0, 1], data=data, dataset=place)
+    text, *_ = make(tmp_path / "runs", tmp_path / "out")
+    assert left_out(text) == ["nothing"]
+    write_run(tmp_path / "runs", "td3", "hopper-random-v2", 2, [0, 1], data=data | {"crc32": 8})
+    text, *_ = make(tmp_path / "runs", tmp_path / "out")
+    assert len(left_out(text)) == 1 and "table1: one cell mixes --data 7, 8" in left_out(text)[0]
+
+
+def test_variants_of_one_s_own_with_and_without_a_vae_share_a_row(no_figures, tmp_path):
+    """One row of the three, in which each counts once."""
+    write_run(tmp_path / "runs", "spot_mine", "hopper-random-v2", 0, [0, 1], vae_steps=100_000, utd=1)
+    write_run(tmp_path / "runs", "td3_mine", "hopper-random-v2", 0, [0, 2], utd=5)
+    write_run(tmp_path / "runs", "td3_opt_mine", "hopper-random-v2", 0, [0, 5], utd=5)
+    text, scores, _ = make(tmp_path / "runs", tmp_path / "out")
+    assert [(row["variant"], row["mean"], row["seeds"]) for row in scores] == [
+        ("spot_mine", "1.0", "1"),
+        ("td3_mine", "2.0", "1"),
+        ("td3_opt_mine", "5.0", "1"),
+    ]
+    assert text.count("| hopper-random-v2 |") == 1
+
+
+def test_a_seed_counts_once_in_a_row(no_figures, tmp_path):
+    """Two runs of one name and seed, one of which has no N_pretrain: the row would have both."""
+    one = write_run(tmp_path / "runs", "td3_opt", "hopper-random-v2", 0, [0, 10])
+    one.rename(one.with_name("a"))
+    write_run(tmp_path / "runs", "td3_opt", "hopper-random-v2", 0, [0, 50], q_on_init="random")
+    text, scores, _ = make(tmp_path / "runs", tmp_path / "out")
+    assert [(row["mean"], row["seeds"]) for row in scores] == [("10.0", "1")]
+    assert any("the same variant, task, seed and steps as" in note for note in left_out(text))
+
+
+def test_a_script_of_one_s_own_needs_none_of_opts_arguments(no_figures, tmp_path):
+    folder = write_run(tmp_path / "runs", "mine", "hopper-random-v2", 0, [0, 10], opt=True)
+    args = json.loads((folder / "args.json").read_text())
+    (folder / "args.json").write_text(json.dumps({k: v for k, v in args.items() if k not in ("q_on_init", "n_tau")}))
+    text, scores, _ = make(tmp_path / "runs", tmp_path / "out")
+    assert scores[0]["mean"] == "10.0" and left_out(text) == ["nothing"]
+
+
+def test_an_earlier_report_s_figures_go(runs, no_figures, tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in ("table1-curves.png", "table1-9+9-scores.pdf", "my-curves.png", "table1-curves.svg"):
+        (tmp_path / "out" / name).touch()
+    make(runs, tmp_path / "out")
+    figures = {path.name for path in (tmp_path / "out").iterdir()} - {"report.md"}
+    assert figures == {"my-curves.png", "table1-curves.svg", "scores.csv", "totals.csv", "speed.csv"}
+
+
+def test_what_cannot_be_written_is_one_line(tmp_path):
+    """As on a full disk: here a folder stands where report.md is to be."""
+    write_run(tmp_path / "runs", "td3", "hopper-random-v2", 0, [0, 1])
+    (tmp_path / "out" / "report.md").mkdir(parents=True)
+    command = [sys.executable, ROOT / "report.py", "--runs", tmp_path / "runs", "--out", tmp_path / "out"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1 and re.fullmatch(r"report\.py: .*report\.md.*\n", result.stderr), result.stderr
+
+
 def test_one_row_with_other_arguments_is_named(no_figures, tmp_path):
     write_run(tmp_path / "runs", "td3", "hopper-random-v2", 0, [0, 1], gamma=0.5, replay="uniform")
     write_run(tmp_path / "runs", "td3_opt", "hopper-random-v2", 0, [0, 1], replay="balanced", kappa_init=1)
@@ -586,6 +648,10 @@ def test_boorl_has_its_own_protocol_s_column_too(no_figures, tmp_path):
         ("200000", "boorl"): (8.0, 108.5),
     }
     assert "BOORL 200k" in text and "40.0 ± " in text
+    early = next(row for row in scores if (row["online"], row["variant"]) == ("300000", "boorl_at_200000"))
+    assert float(early["last_five"]) == (15 + 45) / 2  # of the means of 10, 20 and of 30, 60
+    runs = report.read_runs(tmp_path / "runs", [])
+    assert {curve.index[-1] for curve in runs.curve[runs.variant == "boorl_at_200000"]} == {200_000}
 
 
 def test_every_number_of_the_paper_is_known():
@@ -724,7 +790,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys, monkeypatch):
         "tables runs": "--runs",
         "tsne runs/none": "none/model.pt cannot be read (FileNotFoundError)",
         "tsne .": "which has states",
-        "bias run --reference none.pt": "none.pt cannot be read (FileNotFoundError): write another --reference",
+        "bias --reference none.pt run": "none.pt cannot be read (FileNotFoundError): write another --reference",
         f"bias run --reference {'a' * 300}": "cannot be read (OSError): write another --reference",
         f"bias {'a' * 300} --reference model.pt": "aaa has no snapshots",
         "bias run --reference damaged.pt": "damaged.pt cannot be read",
