@@ -28,7 +28,8 @@
 # FLAGS go to every script of the table, so it must know them: --n-tau to OPT's alone by --methods "td3 td3_opt".
 # A finished run is skipped and a stopped one goes on, so that the same command continues after Ctrl-C or a crash. Runs go
 # to runs/, each with its benchmark.log. CUDA is used where there is some; jobs share the GPUs out.
-# THREADS=n sets the threads of a run (default: 1; quick and speed: 2).
+# THREADS=n sets the threads of a run (default: 1; quick and speed: 2), SEED=n the seed of quick (default: 0). Paths are
+# relative to this file's folder.
 
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -47,9 +48,11 @@ add() { # SCRIPT VARIANT [FLAGS]: a run of the unit; the first after owner='' ow
     variants+=" $2"
     [[ -z $methods || " $methods " == *" $2 "* ]] || return 0
     local offline=${offline-$offline_steps} online=${online-$online_steps} budget='' folder command
+    local n_tau=25000 given='--n[-_]tau[= ]([0-9]+)'
+    [[ ! "${*:3} ${script_flags[*]-}" =~ $given ]] || n_tau=${BASH_REMATCH[1]}
     # else its backbone runs to the end before it is refused
-    [[ $2 != *_opt* || ${online:-300000} -gt 25000 || " ${*:3} ${script_flags[*]-}" == *" --n"[-_]"tau"* ]] ||
-        refuse "--online-steps $online: $2 collects for 25,000 of them first: write more, or -- --n-tau N"
+    [[ $2 != *_opt* || ${online:-300000} -gt $n_tau ]] ||
+        refuse "$2 has ${online:-300000} online steps and collects for $n_tau of them first: write more --online-steps, or a smaller -- --n-tau"
     [[ -z $offline_steps || $offline != "$offline_steps" ]] || budget+=_offline$offline
     [[ -z $online_steps ]] || budget+=_online$online
     folder=runs/${env_id//\//-}__$2__$seed${budget:+_$budget}
@@ -235,8 +238,8 @@ slurm() {
     cat <<EOF
 #!/usr/bin/env bash
 # $table as a Slurm job array: an element is one task and seed. Edit time, memory and gres for your cluster, then sbatch
-# this file. A requeued element goes on from its runs' checkpoints. An element that failed or ran out of time: sbatch the
-# file again, finished runs are skipped. What element 0 runs: SLURM_ARRAY_TASK_ID=0 bash THIS_FILE --dry-run
+# this file. A requeued element goes on from its runs' checkpoints. An element that failed or ran out of time (three minutes
+# before that its runs are told, since an evaluation is ended first): sbatch the file again, finished runs are skipped. What element 0 runs: SLURM_ARRAY_TASK_ID=0 bash THIS_FILE --dry-run
 #SBATCH --job-name=opt-$table
 #SBATCH --array=0-$((${#ids[@]} * count - 1))${jobs:+%$jobs}
 #SBATCH --time=48:00:00
@@ -244,6 +247,7 @@ slurm() {
 #SBATCH --cpus-per-task=${THREADS:-1}
 ##SBATCH --gres=gpu:1
 #SBATCH --requeue --open-mode=append
+#SBATCH --signal=B:INT@180
 #SBATCH --output="$PWD/runs/%x-%A_%a.log"
 set -euo pipefail
 cd $(printf %q "$PWD")

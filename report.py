@@ -202,7 +202,7 @@ def read_runs(folder: Path, notes: list[str]) -> pd.DataFrame:
             runs.append(run)
             if run["variant"] == "boorl" and 200_000 in (curve := run["curve"]):  # a column on its way
                 early = {"variant": "boorl_at_200000", "curve": curve.loc[:200_000], "score": curve[200_000]}
-                early |= {"last_five": early["curve"].tail(5).mean(), **dict.fromkeys(RATES + HOURS, math.nan)}
+                early |= {"last_five": early["curve"].loc[1:].tail(5).mean(), **dict.fromkeys(RATES + HOURS, math.nan)}
                 runs.append(run | early)
         except json.JSONDecodeError:
             notes.append(f"{path}: args.json is damaged, left out")

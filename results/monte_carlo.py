@@ -41,6 +41,8 @@ def compare(name: str, values: np.ndarray, returns: np.ndarray) -> None:
 def main(path: Path, episodes: int) -> None:
     saved = torch.load(path, weights_only=True, map_location="cpu")
     model, data = (saved, saved) if "parts" not in saved else (saved["parts"], saved["data"])
+    if "actor" not in model or saved.get("script", "td3_opt.py") not in ("td3_opt.py", "cal_ql.py"):
+        sys.exit(f"{path} has no actor of td3_opt.py or cal_ql.py")
     script = importlib.import_module("cal_ql" if "calibration" in saved["args"] else "td3_opt")
     args = script.Args(**{name: x for name, x in saved["args"].items() if name in script.Args.__annotations__})
     mean, std = data["observation_mean"], data["observation_std"]
@@ -64,6 +66,8 @@ def main(path: Path, episodes: int) -> None:
         returns.append(discounted_returns([scale * reward + shift for reward in rewards], args.gamma)[:kept])
         scores.append(sum(rewards))
     returns = np.concatenate(returns)
+    if not states:
+        sys.exit(f"all {episodes} roll-outs were cut off within {CUT} steps")
     print(f"{path}: return {np.mean(scores):.1f} (std {np.std(scores):.1f}, {episodes} episodes)")
     print(f"discounted return of {len(returns)} steps: mean {returns.mean():.1f}, std {returns.std():.1f}")
     for name, critic in critics.items():

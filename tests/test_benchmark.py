@@ -199,9 +199,11 @@ def test_usage_and_bad_input():
         "table1 -- --offline_steps 5": "--offline_steps",
         "table1 --seeds 4-2": "--seeds 4-2",
         "table1 --jobs 0": "--jobs 0",
-        "table12 --methods iql_opt --online-steps 25000": "iql_opt collects for 25,000",
-        "table13 --online-steps 10000": "rlpd_opt collects for 25,000",
-        "ablation-q-on --online-steps 9 --dry-run -- --n-pretrain 4": "td3_opt collects for 25,000",
+        "table12 --methods iql_opt --online-steps 25000": "iql_opt has 25000 online steps and collects for 25",
+        "table13 --online-steps 10000": "rlpd_opt has 10000 online steps and collects for 25",
+        "ablation-q-on --online-steps 9 --dry-run -- --n-pretrain 4": "td3_opt has 9 online steps and collects",
+        "table1 --methods td3_opt -- --n-tau 400000": "td3_opt has 300000 online steps and collects for 400000",
+        "ablation-n-tau --online-steps 0": "td3_opt has 25000 online steps and collects for 25",
         "table1 --online-steps 1e5": "whole number",
         "table1 -- --seed 3": "--seed after --",
         "ablation-n-tau -- --n-tau 4": "--n-tau after --",
@@ -359,17 +361,25 @@ def wait_for(condition) -> None:
 
 @pytest.mark.parametrize(
     "numbers, status, slurm",
-    [([INT], 130, False), ([TERM], 143, False), ([HUP], 129, False), ([TERM], 143, True), ([INT, INT], 130, False)],
+    [
+        ([INT], 130, ""),
+        ([TERM], 143, ""),
+        ([HUP], 129, ""),
+        ([INT, INT], 130, ""),
+        ([TERM], 143, "all"),
+        ([INT], 130, "B:"),
+    ],
 )
 def test_ctrl_c_stops_the_runs_first(folder, stand_in, numbers, status, slurm):
-    """Each run gets as many signals as benchmark.sh: at a second one it does not wait for its checkpoint."""
+    """Each run gets as many signals as benchmark.sh: at a second one it does not wait for its checkpoint. At the end of
+    its time Slurm signals every process of a job, and before that, by --signal=B:INT@180, the first one alone."""
     environment = stand_in | {"NAP": "60"} | ({"SLURM_JOB_ID": "1"} if slurm else {})
     process = start_table(folder, "--env-ids A-v0 --seeds 4", environment, stdout=subprocess.PIPE)
     wait_for(lambda: (folder / "events").exists() and len(events(folder)) == 2)
     logs = [folder / "runs" / f"A-v0__td3__{seed}" / "benchmark.log" for seed in (0, 1)]
     for sent, number in enumerate(numbers, 1):
         os.killpg(process.pid, number)  # as a terminal does; the runs are in a process group of their own
-        if slurm:  # it signals every process of a job; two signals at the same moment would be one
+        if slurm == "all":  # two signals at the same moment would be one
             time.sleep(0.3)
             os.killpg(os.getpgid(int(events(folder)[0][-1])), number)
         wait_for(lambda sent=sent: all(log.read_text().count("got TERM") == sent for log in logs))
