@@ -49,7 +49,7 @@ add() { # SCRIPT VARIANT [FLAGS]: a run of the unit; the first after owner='' ow
     [[ -z $methods || " $methods " == *" $2 "* ]] || return 0
     local offline=${offline-$offline_steps} online=${online-$online_steps} budget='' folder command
     local n_tau=25000 given='--n[-_]tau[= ]([0-9]+)'
-    [[ ! "${*:3} ${script_flags[*]-}" =~ $given ]] || n_tau=${BASH_REMATCH[1]}
+    [[ ! "${*:3} ${script_flags[*]-}" =~ $given ]] || n_tau=$((10#${BASH_REMATCH[1]}))
     # else its backbone runs to the end before it is refused
     [[ $2 != *_opt* || ${online:-300000} -gt $n_tau ]] ||
         refuse "$2 has ${online:-300000} online steps and collects for $n_tau of them first: write more --online-steps, or a smaller -- --n-tau"
@@ -227,6 +227,7 @@ run_all() {
 }
 
 stop() { # SIGNAL JOB: its runs checkpoint and end; the second time they end without. xargs ends, and starts no more
+    [[ $1 != HUP || -z $stopped ]] || return 0 # a shell and its terminal send one each
     stopped=$1
     # Slurm sends SIGTERM to every process of a job by itself, and this would be the second.
     [[ $1 == TERM && -n ${SLURM_JOB_ID:-} ]] || kill -TERM -- "-$2" 2>/dev/null || true

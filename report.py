@@ -619,7 +619,7 @@ def report(runs_folder: Path, out: Path) -> str:
         text += about.read_text().strip() + "\n\n"
     make_folder(out)
     for path in out.iterdir():  # an earlier report's
-        if re.fullmatch(rf"({'|'.join(TABLES)}|others)(-\d.*)?-(scores|curves)\.(png|pdf)", path.name):
+        if re.fullmatch(rf"({'|'.join(TABLES)}|others)(-\d+\+.*)?-(scores|curves)\.(png|pdf)", path.name):
             path.unlink()
     tables = [(table, *summarize(table)) for table in make_tables(runs)] if len(runs) else []
     for table, scores, totals in tables:
@@ -647,7 +647,7 @@ def report(runs_folder: Path, out: Path) -> str:
 
 
 def expanded(text: str) -> Path:
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))
 
 
 def main() -> None:

@@ -580,7 +580,7 @@ ANTMAZE_TASKS = tuple(f"antmaze-{kind}-v2" for kind in ANTMAZE_KINDS)
 ANTMAZE_RADIUS = 0.45  # within it the goal is reached; gymnasium-robotics' own
 ADROIT_LIMITS = {"pen": 100, "hammer": 200, "door": 200, "relocate": 200}  # D4RL's; pen is registered with 200
 ADROIT_TASKS = tuple(f"{env}-cloned-v1" for env in ADROIT_LIMITS)
-ADROIT_PALM = {"hammer": 33, "door": 29, "relocate": 33}  # where a state has the palm's place, and then the object's
+ADROIT_PALM = {"hammer": 33, "door": 29, "relocate": 33}  # in a state: palm, then object (of relocate, from the target)
 TASKS = MUJOCO_TASKS + ANTMAZE_TASKS + ADROIT_TASKS
 REFERENCE_RETURNS = {"halfcheetah": (-280.178953, 12135.0), "hopper": (-20.272305, 3234.3)}  # D4RL's (min, max)
 REFERENCE_RETURNS |= {"walker2d": (1.629008, 4592.3), "antmaze": (0.0, 1.0), "pen": (96.262799, 3076.8331017826877)}
@@ -801,9 +801,11 @@ def read_minari(dataset_id: str | None, env_id: str, progress: bool) -> tuple[Tr
         raise BadInput(f"{what} cannot be read ({one_line(error)}): {again}") from None
     require(columns["rewards"], f"{what} holds no episodes: write another --dataset")
     columns = checked_columns({key: np.concatenate(parts) for key, parts in columns.items()}, what)
-    kind, first = env_id.split("-")[0], columns["rewards"][:1]  # in which door and relocate show whose they are
-    if env_id in ADROIT_TASKS and (first > {"door": -0.1 * 1.57**2, "relocate": 0}.get(kind, -math.inf)).any():
-        columns["rewards"] = columns["rewards"] - adroit_excess(kind, columns["next_observations"])
+    if env_id in ADROIT_TASKS:
+        kind, rewards, states = env_id.split("-")[0], columns["rewards"], columns["next_observations"]
+        excess, closed = adroit_excess(kind, states), 0.1 * (states[:1, 28] - 1.57) ** 2 * (kind == "door")
+        if kind == "hammer" or (rewards[:1] + closed + excess[:1] / 2 > 1e-4).any():  # else they are D4RL's already
+            columns["rewards"] = rewards - excess
     return Transitions(**columns), f"Minari's {dataset_id}"
 
 

@@ -212,6 +212,18 @@ def test_adroit(tmp_path, monkeypatch, env_id, dimensions, limit):
     np.testing.assert_array_equal(run.load_data(td3_opt.reward_transform).actions, actions)
 
 
+def test_rewards_of_a_door_are_known_whatever_its_first_action(tmp_path, monkeypatch):
+    """With all joints at full speed the costs of velocity are more than the palm's distance."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "store"))
+    env, ones = gym.make("AdroitHandDoor-v1", max_episode_steps=3), np.ones(28, np.float32)
+    env.action_space.sample = lambda: ones
+    collect("D4RL/door/cloned-v2", env, [None])
+    data, _ = td3_opt.load_dataset("door-cloned-v1", progress=False)
+    env = td3_opt.make_env("door-cloned-v1")
+    env.reset(seed=0)
+    np.testing.assert_allclose(data.rewards, [env.step(ones)[1] for _ in range(3)], rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("env_id", ["antmaze-umaze-v2", "pen-cloned-v1"])
 def test_data_that_is_nowhere_or_half_written(tmp_path, monkeypatch, env_id):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "store"))

@@ -421,11 +421,11 @@ def test_a_script_of_one_s_own_needs_none_of_opts_arguments(no_figures, tmp_path
 
 def test_an_earlier_report_s_figures_go(runs, no_figures, tmp_path):
     (tmp_path / "out").mkdir()
-    for name in ("table1-curves.png", "table1-9+9-scores.pdf", "my-curves.png", "table1-curves.svg"):
+    for name in ("table1-curves.png", "table1-9+9-scores.pdf", "my-curves.png", "table1-2024-scores.pdf"):
         (tmp_path / "out" / name).touch()
     make(runs, tmp_path / "out")
     figures = {path.name for path in (tmp_path / "out").iterdir()} - {"report.md"}
-    assert figures == {"my-curves.png", "table1-curves.svg", "scores.csv", "totals.csv", "speed.csv"}
+    assert figures == {"my-curves.png", "table1-2024-scores.pdf", "scores.csv", "totals.csv", "speed.csv"}
 
 
 def test_what_cannot_be_written_is_one_line(tmp_path):
@@ -782,6 +782,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys, monkeypatch):
         "": "runs is no folder",
         "histogram": "invalid choice",
         f"--runs {'a' * 300}": "aaa is no folder",
+        "--runs ~nobody-here/x": "~nobody-here/x is no folder",
         "--runs empty/snapshots": "empty/snapshots holds no run: start one first",
         "tsne": "or tsne RUN",
         "tsne a b": "or tsne RUN",
