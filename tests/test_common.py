@@ -190,7 +190,7 @@ TUNING = {"online_finetune": 21}
 ACTING = {"collect": 17} | TUNING
 KILLS = {"offline": 13, "collect": 17, "online_pretrain": 11} | TUNING
 KILLED = dict(zip(RUNS, ({"vae": 7} | KILLS, KILLS, KILLS), strict=True))
-KILLED |= {f"spot_opt --env-id {env} --vae-steps 12": ACTING for env in ("antmaze-umaze-v2", "pen-cloned-v1")}
+KILLED |= {f"spot_opt --env-id {env} --vae-steps 12": ACTING for env in ("antmaze-umaze-v2", "door-cloned-v1")}
 KILLED |= {
     IQL + flags: TUNING for flags in (" --no-opt", " --no-q-on", " --kappa-init 1 --kappa-end 1 --replay online")
 }
@@ -234,8 +234,8 @@ def test_a_run_killed_in_every_phase_resumes_bit_for_bit(command, train):
     """One phase after the other; on goal tasks the last time in the middle of an episode."""
     if "antmaze" in command:
         collect("D4RL/antmaze/umaze-v1", Walk(), [None, None])
-    elif "pen-cloned" in command:
-        collect("D4RL/pen/cloned-v2", gym.make("AdroitHandPen-v1", max_episode_steps=20), [None, None])
+    elif "door-cloned" in command:
+        collect("D4RL/door/cloned-v2", gym.make("AdroitHandDoor-v1", max_episode_steps=20), [None, None])
     whole = train(command, "whole")
     for phase, step in KILLED[command].items():
         folder = train(command, "run", "--resume", kill=(phase, step))
