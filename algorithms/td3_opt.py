@@ -960,6 +960,11 @@ def read_minari(dataset_id: str | None, env_id: str, progress: bool) -> tuple[Tr
                 steps, rewards = relabel_antmaze(positions, env.unwrapped.goal)
                 observations = np.hstack([positions, observations["observation"]])[: steps + 1]
                 actions, terminals = actions[:steps], rewards
+            elif env_id == "pen-cloned-v1":  # Minari's go on after the drop
+                terminals = observations[1:, 26] < 0.075
+                steps = int(terminals.argmax()) + 1 if terminals.any() else len(terminals)
+                observations, actions = observations[: steps + 1], actions[:steps]
+                rewards, terminals = rewards[:steps], terminals[:steps]
             row = (observations[:-1], actions, rewards, observations[1:], terminals)
             for column, values in zip(columns.values(), row, strict=True):
                 column.append(np.asarray(values, np.float32))

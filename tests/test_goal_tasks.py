@@ -212,6 +212,19 @@ def test_adroit(tmp_path, monkeypatch, env_id, dimensions, limit):
     np.testing.assert_array_equal(run.load_data(td3_opt.reward_transform).actions, actions)
 
 
+def test_pen_data_ends_with_the_drop(tmp_path, monkeypatch):
+    """As the environment does: its actions end an episode in the same step."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "store"))
+    collect("D4RL/pen/cloned-v2", gym.make("AdroitHandPen-v1", max_episode_steps=80), [None, None])
+    data, _ = td3_opt.load_dataset("pen-cloned-v1", progress=False)
+    env, ends = td3_opt.make_env("pen-cloned-v1"), np.flatnonzero(data.terminals)
+    assert len(ends) == 2 and ends[1] == len(data.rewards) - 1 and ends[1] < 159
+    for actions in np.split(data.actions, ends[:1] + 1):
+        env.reset(seed=0)
+        terminated = [env.step(action)[2] for action in actions]
+        assert terminated == [False] * (len(actions) - 1) + [True]
+
+
 def test_rewards_of_a_door_are_known_whatever_its_first_action(tmp_path, monkeypatch):
     """With all joints at full speed the costs of velocity are more than the palm's distance."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "store"))
