@@ -239,8 +239,9 @@ slurm() {
     cat <<EOF
 #!/usr/bin/env bash
 # $table as a Slurm job array: an element is one task and seed. Edit time, memory and gres for your cluster, then sbatch
-# this file. A requeued element goes on from its runs' checkpoints. An element that failed or ran out of time (three minutes
-# before that its runs are told, since an evaluation is ended first): sbatch the file again, finished runs are skipped. What element 0 runs: SLURM_ARRAY_TASK_ID=0 bash THIS_FILE --dry-run
+# this file. A requeued element goes on from its runs' checkpoints. An element that failed or ran out of time (its runs are
+# told three minutes before: they end an evaluation first): sbatch the file again, finished runs are skipped.
+# What element 0 runs: SLURM_ARRAY_TASK_ID=0 bash THIS_FILE --dry-run
 #SBATCH --job-name=opt-$table
 #SBATCH --array=0-$((${#ids[@]} * count - 1))${jobs:+%$jobs}
 #SBATCH --time=48:00:00

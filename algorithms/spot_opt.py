@@ -1078,7 +1078,8 @@ def read_minari(dataset_id: str | None, env_id: str, progress: bool) -> tuple[Tr
                 steps, rewards = relabel_antmaze(positions, env.unwrapped.goal)
                 observations = np.hstack([positions, observations["observation"]])[: steps + 1]
                 actions, terminals = actions[:steps], rewards
-            elif env_id == "pen-cloned-v1":  # Minari's go on after the drop
+            elif env_id == "pen-cloned-v1" and observations.shape[1:] == env.observation_space.shape:
+                # Minari's go on after the drop
                 terminals = observations[1:, 26] < 0.075
                 steps = int(terminals.argmax()) + 1 if terminals.any() else len(terminals)
                 observations, actions = observations[: steps + 1], actions[:steps]
@@ -1093,8 +1094,8 @@ def read_minari(dataset_id: str | None, env_id: str, progress: bool) -> tuple[Tr
         raise BadInput(f"{what} cannot be read ({one_line(error)}): {again}") from None
     require(columns["rewards"], f"{what} holds no episodes: write another --dataset")
     columns = checked_columns({key: np.concatenate(parts) for key, parts in columns.items()}, what)
-    if env_id in ADROIT_TASKS:
-        kind, rewards, states = env_id.split("-")[0], columns["rewards"], columns["next_observations"]
+    kind, rewards, states = env_id.split("-")[0], columns["rewards"], columns["next_observations"]
+    if env_id in ADROIT_TASKS and states.shape[1:] == env.observation_space.shape:  # of others check_dataset tells
         excess, closed = adroit_excess(kind, states), 0.1 * (states[:1, 28] - 1.57) ** 2 * (kind == "door")
         if kind == "hammer" or (rewards[:1] + closed + excess[:1] / 2 > 1e-4).any():  # else they are D4RL's already
             columns["rewards"] = rewards - excess

@@ -212,6 +212,16 @@ def test_adroit(tmp_path, monkeypatch, env_id, dimensions, limit):
     np.testing.assert_array_equal(run.load_data(td3_opt.reward_transform).actions, actions)
 
 
+@pytest.mark.parametrize("kind", ["pen", "door", "hammer"])
+def test_minari_data_of_another_environment_is_refused_for_adroit(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "store"))
+    collect("own/pendulum-v0", gym.make("InvertedPendulum-v5"), [None])
+    data, _ = td3_opt.load_dataset(f"{kind}-cloned-v1", "own/pendulum-v0", progress=False)
+    args = td3_opt.Args(f"{kind}-cloned-v1", batch_size=1)
+    with pytest.raises(td3_opt.BadInput, match="the data's observations have shape"):
+        td3_opt.check_dataset(data, td3_opt.make_env(args.env_id), args)
+
+
 def test_pen_data_ends_with_the_drop(tmp_path, monkeypatch):
     """As the environment does: its actions end an episode in the same step."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "store"))
